@@ -1,0 +1,207 @@
+"""The family file: which models speak together, how they are fused, how the engine runs.
+
+One YAML becomes one frozen `Family`. Every default stands here, once; an unknown key or a wrong
+type is a `ValueError` that names the place and lists what is valid there. msgspec does the typed
+decoding (it also encodes everything on the wire, see `messages`), so there is one validator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import msgspec
+import yaml
+
+Rule = Literal["grid", "exact", "static"]
+Select = Literal["paper", "strongest", "blend"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+LARGE, BASE = "large", "base"
+"""The fixed names of two models of every family; all other names are experts."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A mapping in the family file."""
+
+
+class ModelSpec(_Section, frozen=True):
+    """One causal language model of the Hugging Face kind, and what its actor may use."""
+
+    model: str
+    """A local folder (relative to the family file) or a Hugging Face hub id."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not beside the weights."""
+    dtype: DType = "auto"
+    """`auto` is what the checkpoint says."""
+    num_gpus: float = 0
+    """GPUs of this actor; 0 runs on CPU, a fraction shares one, more than 1 spreads the layers."""
+    num_cpus: float = 1
+    """CPUs of this actor; torch uses as many threads (at least one)."""
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("`model` is empty: give a local folder or a hub id")
+        if self.num_gpus < 0 or self.num_cpus < 0:
+            raise ValueError("`num_gpus` and `num_cpus` must not be negative")
+
+
+class ExpertSpec(ModelSpec, frozen=True):
+    """A small fine-tuned model; its weight stays within `bounds`."""
+
+    bounds: tuple[float, float] = (0.0, 2.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.bounds[0] < self.bounds[1]:
+            raise ValueError(f"`bounds` must be [low, high] with low < high, not {self.bounds}")
+
+
+class Fusion(_Section, frozen=True):
+    """How weights are found at each step; the defaults are the paper's."""
+
+    rule: Rule = "grid"
+    """`grid` (the paper's search), `exact` (its minimum in the reals), `static` (fixed weights)."""
+    step: float = 0.1
+    """Distance between two candidates of the grid."""
+    select: Select = "paper"
+    """With several experts: `paper` (the best single one), `strongest`, `blend`."""
+    weights: dict[str, float] = {}
+    """For `static`: the weight of each expert; an expert not named has 1.0 (proxy tuning)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 2:
+            raise ValueError(f"`step` must be above 0 and at most 2, not {self.step}")
+        if self.weights and self.rule != "static":
+            raise ValueError(f"`weights` belong to rule static; rule {self.rule} finds its own")
+
+
+class EngineConfig(_Section, frozen=True):
+    """Limits and resources of one engine."""
+
+    max_num_seqs: int = 64
+    """Sequences decoded together (slots in every model's cache)."""
+    max_model_len: int = 4096
+    """Tokens of a sequence, prompt included; a model with a shorter context lowers it."""
+    max_num_batched_tokens: int = 2048
+    """Tokens that one model computes in one step; longer prompts are cut into chunks."""
+    num_cpus: float = 1
+    """CPUs of the coordinator."""
+    num_gpus: float = 0
+    """GPUs of the coordinator, which fuses there if it has one."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    placement_timeout_s: float = 60.0
+    """How long to wait for resources that the cluster has but others are using."""
+    step_timeout_s: float = 300.0
+    """A model that has not answered a step for so long is taken for dead."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"`max_num_batched_tokens` ({self.max_num_batched_tokens}) must be at least "
+                f"`max_num_seqs` ({self.max_num_seqs}): every running sequence decodes one token"
+            )
+        if self.num_cpus < 0 or self.num_gpus < 0:
+            raise ValueError("`num_gpus` and `num_cpus` must not be negative")
+
+
+class Family(_Section, frozen=True):
+    """A large model, the small base, and the small experts that were fine-tuned from the base."""
+
+    large: ModelSpec
+    base: ModelSpec
+    experts: dict[str, ExpertSpec]
+    fusion: Fusion = Fusion()
+    engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        for name in self.experts:
+            if name in (LARGE, BASE) or not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(
+                    f"`{name}` cannot name an expert: use letters, digits, `.`, `_`, `-`, "
+                    f"and neither `{LARGE}` nor `{BASE}`"
+                )
+        if unknown := set(self.fusion.weights) - set(self.experts):
+            raise ValueError(
+                f"`fusion.weights` names {sorted(unknown)}, which are not experts of the family; "
+                f"its experts are {sorted(self.experts)}"
+            )
+
+    @property
+    def models(self) -> dict[str, ModelSpec]:
+        """Every model by name: large, base, then the experts in the order of the file."""
+        return {LARGE: self.large, BASE: self.base, **self.experts}
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything the file says, for provenance."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Family:
+        """Reads a family file; local model folders are relative to it.
+
+        Raises `FileNotFoundError` without the file, and `ValueError` where its content is not a
+        family: the message names the place and lists what is valid there.
+        """
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no family file at {path}") from None
+        except yaml.YAMLError as error:
+            hint = " (indent with spaces, not tabs)" if "\\t" in str(error) else ""
+            raise ValueError(f"{path} is not valid YAML{hint}: {error}") from None
+        try:
+            family = cls.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return family._resolved(path.parent)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Family:
+        """A family from nested mappings, as YAML or JSON give them; errors as in `from_yaml`."""
+        try:
+            return msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(_explain(str(error))) from None
+
+    def _resolved(self, folder: Path) -> Family:
+        def resolve(spec: Any) -> Any:
+            def path(value: str | None) -> str | None:
+                local = folder / value if value else None
+                return str(local.resolve()) if local and local.exists() else value
+
+            return msgspec.structs.replace(
+                spec, model=path(spec.model), tokenizer=path(spec.tokenizer)
+            )
+
+        return msgspec.structs.replace(
+            self,
+            large=resolve(self.large),
+            base=resolve(self.base),
+            experts={name: resolve(spec) for name, spec in self.experts.items()},
+        )
+
+
+def _explain(message: str) -> str:
+    """Adds the list of valid keys or values to msgspec's message, which only names the place."""
+    match = re.search(r"`(\$[^`]*)`", message)
+    place = match.group(1) if match else "$"
+    section: Any = Family
+    for part in re.findall(r"\.(\w+)|\[\.\.\.\]", place):
+        hint = get_type_hints(section).get(part) if isinstance(section, type) else None
+        section = ExpertSpec if not part else hint
+    if "unknown field" in message and isinstance(section, type):
+        valid = ", ".join(sorted(section.__struct_fields__))
+        return f"{message}; valid keys there: {valid}"
+    if "Invalid enum value" in message and get_args(section):
+        return f"{message}; valid values: {', '.join(map(str, get_args(section)))}"
+    return message

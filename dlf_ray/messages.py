@@ -1,0 +1,248 @@
+"""Everything that crosses an actor boundary, in one file.
+
+Two kinds of traffic, neither of them pickled:
+
+- control messages between clients, coordinator and workers: `msgspec` structs as msgpack, decoded
+  against these types, so that a malformed one is refused and never executed;
+- the step itself: a `Plan` out to every worker and `Logits` back, fixed binary headers followed by
+  raw arrays, because they are sent for every token.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ints = npt.NDArray[np.int32]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How tokens are drawn from the fused distribution; the names are vLLM's.
+
+    The default is greedy, as in the paper.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    seed: int | None = None
+    """The same seed draws the same tokens, whatever else is in the batch."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise ValueError(f"`stop` is a list of strings; write stop=[{self.stop!r}]")
+        if any(not text for text in self.stop):
+            raise ValueError("`stop` holds an empty string, which would end every text at once")
+        if self.max_tokens < 1:
+            raise ValueError(f"`max_tokens` must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1, not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must be 0 (all tokens) or more, not {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"`seed` must be in [0, 2**64), not {self.seed}")
+
+
+class FusionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How one request is fused: the family's settings with the request's own on top.
+
+    Complete and hashable, so that a step fuses all rows of equal parameters at once.
+    """
+
+    rule: Literal["grid", "exact", "static"]
+    select: Literal["paper", "strongest", "blend"]
+    step: float
+    experts: tuple[str, ...]
+    """The experts that take part, in the order of the family; none leaves the large model alone."""
+    bounds: tuple[tuple[float, float], ...]
+    """[low, high] of the weight of each of `experts`."""
+    weights: tuple[float, ...] = ()
+    """For rule static: the weight of each of `experts`."""
+    alone: str | None = None
+    """One model of the family answers by itself, unfused: what comparisons need."""
+
+
+class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Client to coordinator: one prompt to go on with."""
+
+    id: int
+    """Unique among the requests of its client."""
+    prompt: tuple[int, ...]
+    prompts: dict[str, tuple[int, ...]] = {}
+    """Prompts of single models where they differ from `prompt`."""
+    sampling: SamplingParams
+    fusion: FusionParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Client to coordinator: forget this request."""
+
+    id: int
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step adds to one request."""
+
+    id: int
+    text: str = ""
+    """Text that is final: no half characters, nothing that may yet become a stop string."""
+    token_ids: tuple[int, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    """The weight of each of the request's experts, per token."""
+    kl: tuple[tuple[float, float], ...] = ()
+    """KL(fused || large) and KL(large || fused) in nats, per token."""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class Chunks(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to client: all that one step has for it."""
+
+    chunks: tuple[Chunk, ...]
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Worker to coordinator, once connected: the model is loaded and waits for plans."""
+
+    name: str
+    shared: bool
+    """Whether the worker could open the coordinator's shared memory, that is, is on its node."""
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to worker: where to leave logits if the two share a memory."""
+
+    path: str
+    size: int
+    nonce: bytes
+    """What the first bytes there must be, else it is some other machine's file of that name."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to worker: end your loop."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Worker to coordinator: the forward pass of a step raised."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one model computes in one step: n chunks of n sequences.
+
+    A chunk puts `lengths[i]` tokens into slot `slots[i]`, the first of them at position
+    `starts[i]`, and scores the last `wants[i]` of them (0 for a prompt that is not complete yet).
+    `starts[i]` never exceeds what the slot has already computed: 0 begins a new sequence in the
+    slot, less than computed rolls back. So a plan is a diff by itself: each token travels to each
+    model once, and a model that lost its state is served by starting at 0 again.
+    """
+
+    step: int
+    slots: Ints
+    starts: Ints
+    lengths: Ints
+    wants: Ints
+    tokens: Ints
+    """All chunks one after the other, [sum(lengths)]."""
+
+    HEADER = struct.Struct("<4sQII")
+    MAGIC = b"dlfP"
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that this plan asks for."""
+        return int(self.wants.sum())
+
+    def to_bytes(self) -> bytes:
+        header = self.HEADER.pack(self.MAGIC, self.step, len(self.slots), len(self.tokens))
+        arrays = (self.slots, self.starts, self.lengths, self.wants, self.tokens)
+        return header + np.concatenate(arrays).astype("<i4", copy=False).tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Plan:
+        """Raises `ValueError` where `data` is not a plan."""
+        if len(data) < cls.HEADER.size:
+            raise ValueError("a plan shorter than its header")
+        magic, step, n, m = cls.HEADER.unpack_from(data)
+        if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + m):
+            raise ValueError("not a plan, or one of another length than its header says")
+        body = np.frombuffer(data, dtype="<i4", offset=cls.HEADER.size)
+        slots, starts, lengths, wants = body[: 4 * n].reshape(4, n)
+        return cls(step, slots, starts, lengths, wants, body[4 * n :])
+
+
+@dataclass(frozen=True)
+class Logits:
+    """One model's answer to a plan."""
+
+    step: int
+    values: torch.Tensor
+    """[R, V], in the model's own float type, rows in the order of the plan."""
+    finite: npt.NDArray[np.bool_]
+    """[R]: whether a row is free of NaN and infinities."""
+    seconds: float
+    """Wall-clock seconds of the forward pass."""
+
+    HEADER = struct.Struct("<4sQIIBd")
+    MAGIC = b"dlfL"
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+    def header(self) -> bytes:
+        rows, vocab = self.values.shape
+        kind = self.DTYPES.index(self.values.dtype)
+        packed = self.HEADER.pack(self.MAGIC, self.step, rows, vocab, kind, self.seconds)
+        return packed + self.finite.tobytes()
+
+    @classmethod
+    def from_bytes(cls, header: bytes | memoryview, values: memoryview) -> Logits:
+        """The tensor is a view of `values`. Raises `ValueError` where the two are not logits."""
+        if len(header) < cls.HEADER.size:
+            raise ValueError("logits with a header cut short")
+        magic, step, rows, vocab, kind, seconds = cls.HEADER.unpack_from(header)
+        if magic != cls.MAGIC or kind >= len(cls.DTYPES) or len(header) != cls.HEADER.size + rows:
+            raise ValueError("not logits, or logits of a broken header")
+        dtype = cls.DTYPES[kind]
+        size = rows * vocab * dtype.itemsize
+        if len(values) < size:
+            raise ValueError(f"{len(values)} bytes of logits where the header says {size}")
+        if rows:
+            tensor = torch.frombuffer(values, dtype=dtype, count=rows * vocab).view(rows, vocab)
+        else:
+            tensor = torch.empty(0, vocab, dtype=dtype)
+        finite = np.frombuffer(header, dtype=np.bool_, offset=cls.HEADER.size)
+        return cls(step, tensor, finite, seconds)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a loaded model says of itself, before any step."""
+
+    vocab: int
+    """Length of its tokenizer; logits are cut to it."""
+    tokenizer_digest: str
+    """Equal digests: the same tokens under the same ids."""
+    eos_token_ids: tuple[int, ...]
+    context: int
+    """Positions it was made for."""
+    parameters: int
+    device: str
+    dtype: str
