@@ -200,7 +200,7 @@ def _explain(message: str) -> str:
         hint = get_type_hints(section).get(part) if isinstance(section, type) else None
         section = ExpertSpec if not part else hint
     if "unknown field" in message and isinstance(section, type):
-        valid = ", ".join(sorted(section.__struct_fields__))
+        valid = ", ".join(sorted(field.name for field in msgspec.structs.fields(section)))
         return f"{message}; valid keys there: {valid}"
     if "Invalid enum value" in message and get_args(section):
         return f"{message}; valid values: {', '.join(map(str, get_args(section)))}"

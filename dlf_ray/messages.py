@@ -89,6 +89,16 @@ class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     sampling: SamplingParams
     fusion: FusionParams
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that must compute for this request, those of its fusion first to last."""
+        if self.fusion.alone:
+            return (self.fusion.alone,)
+        return ("large", "base", *self.fusion.experts) if self.fusion.experts else ("large",)
+
+    def prompt_of(self, model: str) -> tuple[int, ...]:
+        return self.prompts.get(model, self.prompt)
+
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """Client to coordinator: forget this request."""
@@ -120,18 +130,8 @@ class Chunks(msgspec.Struct, frozen=True, tag=True):
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """Worker to coordinator, once connected: the model is loaded and waits for plans."""
 
-    name: str
     shared: bool
-    """Whether the worker could open the coordinator's shared memory, that is, is on its node."""
-
-
-class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """Coordinator to worker: where to leave logits if the two share a memory."""
-
-    path: str
-    size: int
-    nonce: bytes
-    """What the first bytes there must be, else it is some other machine's file of that name."""
+    """Whether it could open the coordinator's shared memory, that is, is on the same node."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -246,3 +246,47 @@ class Description:
     parameters: int
     device: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a running family can take; the same check guards the caller and the coordinator."""
+
+    lengths: dict[str, int]
+    """For each model, large and base first, the tokens a sequence may have in it."""
+    vocab: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(self.lengths)[2:]
+
+    def check(self, request: Request) -> None:
+        """Raises `ValueError`, saying what to change, where the request cannot be served."""
+        fusion = request.fusion
+        for name in (*request.prompts, *fusion.experts, *([fusion.alone] if fusion.alone else [])):
+            if name not in self.lengths:
+                raise ValueError(f"no model {name!r} in the family; it has {list(self.lengths)}")
+        if len(fusion.bounds) != len(fusion.experts):
+            raise ValueError("one pair of bounds for each expert is needed")
+        if fusion.rule == "static" and len(fusion.weights) != len(fusion.experts):
+            raise ValueError("one weight for each expert is needed with rule static")
+        for name in request.models:
+            tokens = request.prompt_of(name)
+            if not tokens:
+                raise ValueError(
+                    "the prompt is empty; give at least one token (the model's BOS token, say)"
+                )
+            if len(tokens) >= self.lengths[name]:
+                raise ValueError(
+                    f"the prompt of model {name!r} has {len(tokens)} tokens, which leaves no room "
+                    f"to answer in its {self.lengths[name]}; shorten it or raise "
+                    "`engine.max_model_len`, if the model's context allows"
+                )
+            if not 0 <= min(tokens) <= max(tokens) < self.vocab:
+                raise ValueError(f"a prompt token is outside the vocabulary of {self.vocab}")
+
+    def room(self, request: Request) -> int:
+        """The most tokens that may be generated for `request`."""
+        rooms = (self.lengths[name] - len(request.prompt_of(name)) for name in request.models)
+        return min(request.sampling.max_tokens, *rooms)

@@ -1,0 +1,249 @@
+"""The continuous-batching loop over all models: plan, run, weigh, fuse, sample, commit.
+
+A plain class: over Ray it runs inside an actor and its fabric is sockets and shared memory, in a
+notebook or a test its fabric is a few function calls in the same process.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dlf_ray import scheduler
+from dlf_ray.config import BASE, LARGE, EngineConfig
+from dlf_ray.fusion import Aims, Fused, aim, weigh
+from dlf_ray.messages import Chunk, FinishReason, FusionParams, Limits, Logits, Plan, Request
+from dlf_ray.sampling import sample, uniform
+from dlf_ray.scheduler import Scheduler, Step
+from dlf_ray.text import TextStream
+
+
+class Fabric(Protocol):
+    """How plans reach the models and logits come back."""
+
+    def send(self, plans: Mapping[str, Plan]) -> None:
+        """Gives every model its plan and returns at once."""
+
+    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | str]]:
+        """Each model's logits in the order of their arrival, or the message of its error.
+
+        A tensor is valid until the next `send`.
+        """
+
+
+@dataclass(eq=False)
+class Stream(scheduler.Sequence):
+    """A sequence, with its client and its text so far."""
+
+    client: str = ""
+    seed: int = 0
+    text: TextStream = field(kw_only=True)
+
+
+@dataclass
+class Group:
+    """The rows of a step that are fused alike, [R] of them."""
+
+    fusion: FusionParams
+    sequences: list[Stream]
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[R, V] of each model, as they arrive."""
+    aims: Aims | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.sequences[0].request.models
+
+    def take(self, model: str, logits: torch.Tensor) -> None:
+        """One model's rows; the last small model's settle what the large one is to aim at."""
+        self.logits[model] = logits
+        small = self.models[1:]
+        if model in small and all(name in self.logits for name in small):
+            self.aims = aim(
+                self.logits[BASE],
+                [self.logits[name] for name in self.fusion.experts],
+                rule=self.fusion.rule,
+                select=self.fusion.select,
+                weights=self.fusion.weights or None,
+            )
+
+    def fuse(self) -> Fused:
+        if self.aims is not None:
+            rule, step, bounds = self.fusion.rule, self.fusion.step, self.fusion.bounds
+            return weigh(self.logits[LARGE], self.aims, rule=rule, step=step, bounds=bounds)
+        logits = self.logits[self.models[0]].float()  # one model alone: nothing to fuse
+        none = logits.new_zeros(len(logits))
+        return Fused(logits, none[:, None][:, :0], none, logits.new_zeros(len(logits), 2))
+
+
+class Coordinator:
+    """Serves requests over the models behind `fabric`."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        *,
+        limits: Limits,
+        decode: Callable[[Sequence[int]], str],
+        engine: EngineConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.fabric = fabric
+        self.limits = limits
+        self.decode = decode
+        self.device = torch.device(device)
+        self.scheduler = Scheduler(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+        )
+        self.sequences: dict[tuple[str, int], Stream] = {}
+        self.seconds: Counter[str] = Counter()
+        """Seconds spent so far in each stage of a step, and in each model's forward pass."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def add(self, request: Request, client: str = "") -> None:
+        """Queues a request. Raises `ValueError` where it cannot be served."""
+        self.limits.check(request)
+        if (client, request.id) in self.sequences:
+            raise ValueError(f"a request of id {request.id} is under way already")
+        sampling = request.sampling
+        sequence = Stream(
+            request,
+            room=self.limits.room(request),
+            client=client,
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            text=TextStream(self.decode, request.prompt_of(request.models[0]), sampling.stop),
+        )
+        self.sequences[client, request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, id: int, client: str = "") -> None:
+        """Forgets a request; one that has ended already is no error, the two may have crossed."""
+        if sequence := self.sequences.get((client, id)):
+            self._remove(sequence)
+
+    def step(self) -> list[tuple[str, Chunk]]:
+        """Advances every running sequence; returns what is new, each with its client."""
+        with self._timed("plan"):
+            step = self.scheduler.plan()
+            self.fabric.send(step.plans)
+            groups = self._groups(step)
+        failed: dict[Stream, str] = {}
+        began = time.perf_counter()
+        for model, answer in self.fabric.receive(step.plans):
+            self.seconds["wait"] += time.perf_counter() - began
+            with self._timed("aim"):
+                self._take(step, groups, model, answer, failed)
+            began = time.perf_counter()
+        chunks = [self._fail(sequence, error) for sequence, error in failed.items()]
+        for group in groups:
+            if not set(group.models) <= set(group.logits):
+                continue  # a model of it raised, so all of its sequences have failed
+            with self._timed("weigh"):
+                fused = group.fuse()
+            with self._timed("sample"):
+                tokens = self._sample(group, fused)
+            with self._timed("commit"):
+                weights, kl = fused.weights.tolist(), fused.kl.tolist()
+                for row, sequence in enumerate(group.sequences):
+                    if sequence not in failed:
+                        chunks.append(self._commit(sequence, tokens[row], weights[row], kl[row]))
+        self.seconds["steps"] += 1
+        return chunks
+
+    def _groups(self, step: Step) -> list[Group]:
+        groups: dict[FusionParams, Group] = {}
+        for sequence in step.ready:
+            assert isinstance(sequence, Stream)
+            fusion = sequence.request.fusion
+            groups.setdefault(fusion, Group(fusion, [])).sequences.append(sequence)
+        return list(groups.values())
+
+    def _take(
+        self,
+        step: Step,
+        groups: list[Group],
+        model: str,
+        answer: Logits | str,
+        failed: dict[Stream, str],
+    ) -> None:
+        """Hands one model's rows to their groups, and notes the sequences that it fails."""
+        if isinstance(answer, str):
+            slots = set(step.plans[model].slots.tolist())
+            for sequence in self.sequences.values():
+                if sequence.slot in slots and model in sequence.computed:
+                    failed.setdefault(sequence, f"model {model!r} failed: {answer}")
+            return
+        self.seconds[f"forward {model}"] += answer.seconds
+        values = answer.values.to(self.device)
+        if not answer.finite.all():
+            # Rows are independent, but nothing may trip over a row that is lost already.
+            finite = torch.from_numpy(answer.finite.copy()).to(self.device)
+            values = torch.where(finite[:, None], values, torch.zeros_like(values))
+        for group in groups:
+            if model in group.models:
+                rows = step.rows(model, group.sequences)
+                for row, sequence in zip(rows, group.sequences, strict=True):
+                    if not answer.finite[row]:
+                        error = f"model {model!r} returned NaN or infinite logits"
+                        failed.setdefault(sequence, error)
+                group.take(model, values if rows == list(range(len(values))) else values[rows])
+
+    def _sample(self, group: Group, fused: Fused) -> list[int]:
+        return sample(
+            fused.logits,
+            [sequence.request.sampling for sequence in group.sequences],
+            [uniform(s.seed, len(s.generated)) for s in group.sequences],
+        )
+
+    def _commit(
+        self, sequence: Stream, token: int, weights: list[float], kl: list[float]
+    ) -> tuple[str, Chunk]:
+        """Appends a token and says what it adds to the text and whether it ends the sequence."""
+        sampling = sequence.request.sampling
+        sequence.generated.append(token)
+        eos = token in self.limits.eos_token_ids and not sampling.ignore_eos
+        text, ends = "", eos or token in sampling.stop_token_ids
+        if not ends:
+            text, ends = sequence.text.push(token)
+        reason: FinishReason | None = "stop" if ends else None
+        if reason is None and len(sequence.generated) >= sequence.room:
+            reason = "length"
+        if reason is not None:
+            text += sequence.text.end()
+            self._remove(sequence)
+        return sequence.client, Chunk(
+            id=sequence.request.id,
+            text=text,
+            token_ids=(token,),
+            weights=(tuple(weights),),
+            kl=((kl[0], kl[1]),),
+            finish_reason=reason,
+        )
+
+    def _fail(self, sequence: Stream, error: str) -> tuple[str, Chunk]:
+        self._remove(sequence)
+        chunk = Chunk(id=sequence.request.id, finish_reason="error", error=error)
+        return sequence.client, chunk
+
+    def _remove(self, sequence: Stream) -> None:
+        del self.sequences[sequence.client, sequence.request.id]
+        self.scheduler.remove(sequence)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began

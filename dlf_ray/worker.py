@@ -1,0 +1,73 @@
+"""One model of the family at work: plans in, logits out, until told to stop.
+
+A plain class: an actor over Ray, an object beside the coordinator in a local engine.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from dlf_ray.config import EngineConfig, ModelSpec
+from dlf_ray.messages import Description, Logits, Plan
+from dlf_ray.runner import Runner, load_tokenizer
+
+
+class Link(Protocol):
+    """The worker's end of the fabric."""
+
+    def plans(self) -> Iterator[Plan]:
+        """The coordinator's plans, until it says stop."""
+
+    def reply(self, logits: Logits) -> None: ...
+
+    def fail(self, step: int, error: str) -> None: ...
+
+
+class ModelWorker:
+    """A runner with its loading and its loop."""
+
+    def __init__(self, spec: ModelSpec, engine: EngineConfig) -> None:
+        self.spec = spec
+        self.engine = engine
+
+    def load(self) -> Description:
+        """Loads the model. Raises what the runner raises: wrong paths, broken files, no memory."""
+        torch.set_num_threads(max(1, int(self.spec.num_cpus)))
+        self.runner = Runner(
+            self.spec,
+            max_num_seqs=self.engine.max_num_seqs,
+            max_model_len=self.engine.max_model_len,
+        )
+        return self.runner.describe()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, for whoever cannot read the worker's disk."""
+        return load_tokenizer(self.spec)
+
+    def compute(self, plan: Plan) -> Logits:
+        """One step: the forward pass, and which of its rows are finite."""
+        began = time.perf_counter()
+        values = self.runner.forward(plan)
+        # Here, in parallel with the other models, and on the device that holds the logits.
+        finite = values.isfinite().all(-1).cpu().numpy()
+        return Logits(plan.step, values, finite, time.perf_counter() - began)
+
+    def run(self, link: Link) -> None:
+        """Answers plans until the coordinator says stop.
+
+        An exception of a step goes to the coordinator, which fails the requests in it; the model
+        serves on, since the next sequence in a slot starts from nothing.
+        """
+        for plan in link.plans():
+            try:
+                logits = self.compute(plan)
+            except Exception as error:
+                traceback.print_exc()
+                link.fail(plan.step, f"{type(error).__name__}: {error}")
+            else:
+                link.reply(logits)
