@@ -46,8 +46,7 @@ class ModelSpec(_Section, frozen=True):
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("`model` is empty: give a local folder or a hub id")
-        if self.num_gpus < 0 or self.num_cpus < 0:
-            raise ValueError("`num_gpus` and `num_cpus` must not be negative")
+        _check_resources(self.num_cpus, self.num_gpus)
 
 
 class ExpertSpec(ModelSpec, frozen=True):
@@ -108,8 +107,7 @@ class EngineConfig(_Section, frozen=True):
                 f"`max_num_batched_tokens` ({self.max_num_batched_tokens}) must be at least "
                 f"`max_num_seqs` ({self.max_num_seqs}): every running sequence decodes one token"
             )
-        if self.num_cpus < 0 or self.num_gpus < 0:
-            raise ValueError("`num_gpus` and `num_cpus` must not be negative")
+        _check_resources(self.num_cpus, self.num_gpus)
 
 
 class Family(_Section, frozen=True):
@@ -189,6 +187,13 @@ class Family(_Section, frozen=True):
             base=resolve(self.base),
             experts={name: resolve(spec) for name, spec in self.experts.items()},
         )
+
+
+def _check_resources(num_cpus: float, num_gpus: float) -> None:
+    if not num_cpus > 0 or not num_gpus >= 0:
+        raise ValueError("`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)")
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
 
 
 def _explain(message: str) -> str:

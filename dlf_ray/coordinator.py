@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,16 @@ import torch
 from dlf_ray import scheduler
 from dlf_ray.config import BASE, LARGE, EngineConfig
 from dlf_ray.fusion import Aims, Fused, aim, weigh
-from dlf_ray.messages import Chunk, FinishReason, FusionParams, Limits, Logits, Plan, Request
+from dlf_ray.messages import (
+    Chunk,
+    FinishReason,
+    FusionParams,
+    Limits,
+    Logits,
+    Plan,
+    Request,
+    Timings,
+)
 from dlf_ray.sampling import sample, uniform
 from dlf_ray.scheduler import Scheduler, Step
 from dlf_ray.text import TextStream
@@ -104,12 +113,16 @@ class Coordinator:
             max_num_batched_tokens=engine.max_num_batched_tokens,
         )
         self.sequences: dict[tuple[str, int], Stream] = {}
-        self.seconds: Counter[str] = Counter()
-        """Seconds spent so far in each stage of a step, and in each model's forward pass."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.steps = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.sequences)
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(self.steps, dict(self.seconds))
 
     def add(self, request: Request, client: str = "") -> None:
         """Queues a request. Raises `ValueError` where it cannot be served."""
@@ -158,7 +171,7 @@ class Coordinator:
                 for row, sequence in enumerate(group.sequences):
                     if sequence not in failed:
                         chunks.append(self._commit(sequence, tokens[row], weights[row], kl[row]))
-        self.seconds["steps"] += 1
+        self.steps += 1
         return chunks
 
     def _groups(self, step: Step) -> list[Group]:

@@ -127,6 +127,18 @@ class Chunks(msgspec.Struct, frozen=True, tag=True):
     chunks: tuple[Chunk, ...]
 
 
+class AskTimings(msgspec.Struct, frozen=True, tag=True):
+    """Client to coordinator: where does the time go?"""
+
+
+class Timings(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to client: seconds since its start, by stage and by model."""
+
+    steps: int
+    seconds: dict[str, float]
+    """Stages of a step (`plan`, `wait`, `aim`, `weigh`, `sample`, `commit`) and `forward NAME`."""
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """Worker to coordinator, once connected: the model is loaded and waits for plans."""
 
@@ -135,7 +147,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Coordinator to worker: end your loop."""
+    """Engine to coordinator, coordinator to worker: end your loop."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

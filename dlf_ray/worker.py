@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
-from dlf_ray.config import EngineConfig, ModelSpec
+from dlf_ray.config import LARGE, EngineConfig, Family, ModelSpec
 from dlf_ray.messages import Description, Logits, Plan
-from dlf_ray.runner import Runner, load_tokenizer
+from dlf_ray.runner import Runner, load_tokenizer, vocabulary_difference
 
 
 class Link(Protocol):
@@ -71,3 +71,18 @@ class ModelWorker:
                 link.fail(plan.step, f"{type(error).__name__}: {error}")
             else:
                 link.reply(logits)
+
+
+def check_vocabularies(
+    family: Family,
+    descriptions: Mapping[str, Description],
+    vocabulary: Callable[[str], Mapping[str, int]],
+) -> None:
+    """Raises `ValueError`, naming both models and the first difference, unless all are alike.
+
+    Fusion adds logits of one token to logits of the same token: the ids must mean the same.
+    """
+    for name, each in descriptions.items():
+        if each.tokenizer_digest != descriptions[LARGE].tokenizer_digest:
+            names = (f"{n} ({family.models[n].model})" for n in (LARGE, name))
+            raise ValueError(vocabulary_difference(vocabulary(LARGE), vocabulary(name), *names))

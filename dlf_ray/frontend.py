@@ -1,0 +1,305 @@
+"""What a user holds: prompts in, outputs out, whatever runs below.
+
+`Engine` (over Ray) and `LocalEngine` (in this process) share this part: tokenizing, checking,
+per-request fusion, collecting what streams back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeAlias, TypedDict, Unpack
+
+from rich.progress import track
+
+from dlf_ray.config import LARGE, Family, Rule, Select
+from dlf_ray.messages import (
+    Chunk,
+    Description,
+    FinishReason,
+    FusionParams,
+    Limits,
+    Request,
+    SamplingParams,
+)
+
+Prompt: TypeAlias = "str | Sequence[int]"
+"""Text, or token ids as they are."""
+Prompts: TypeAlias = "Prompt | Mapping[str, Prompt]"
+"""One prompt for all models, or a mapping from model names; `large` (else the first) is shared by
+the models that are not named."""
+Deliver: TypeAlias = "Callable[[Chunk | Exception], None]"
+
+
+class EngineError(RuntimeError):
+    """The engine itself has failed; it cannot serve any more."""
+
+
+class FusionOptions(TypedDict, total=False):
+    """What one request may set differently from the family file."""
+
+    rule: Rule
+    select: Select
+    step: float
+    experts: Sequence[str]
+    """The experts that take part; all if absent, `[]` for the large model alone."""
+    weights: Mapping[str, float]
+    """With rule static; 1.0 for those not named."""
+    bounds: Mapping[str, tuple[float, float]]
+    alone: str
+    """One model answers by itself, unfused."""
+
+
+@dataclass
+class Output:
+    """What was generated for one prompt; while streaming, what is new of it."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    weights: list[dict[str, float]] = field(default_factory=list)
+    """The weight of every expert that took part, per token."""
+    experts: list[str | None] = field(default_factory=list)
+    """The expert that weighed most, per token; None where the large model spoke for itself."""
+    kl: list[tuple[float, float]] = field(default_factory=list)
+    """KL(fused || large) and KL(large || fused) in nats, per token."""
+    finish_reason: FinishReason | None = None
+    """`stop` (an end token or a stop string), `length`, `error`; None while more is to come."""
+    error: str | None = None
+    """Why the request failed, where it did."""
+
+    def add(self, chunk: Chunk, experts: Sequence[str]) -> Output:
+        """Appends what one step brought."""
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.kl += chunk.kl
+        for weights in chunk.weights:
+            named = dict(zip(experts, weights, strict=True))
+            self.weights.append(named)
+            loudest = max(named, key=lambda name: abs(named[name]), default=None)
+            self.experts.append(loudest if loudest and named[loudest] else None)
+        self.finish_reason, self.error = chunk.finish_reason, chunk.error
+        return self
+
+
+class BaseEngine(ABC):
+    """Generates with one family of models."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.tokenizer: Any = None
+        """The large model's, as Hugging Face made it."""
+        self.limits: Limits
+        self._ids = itertools.count()
+        self._deliver: dict[int, Deliver] = {}
+
+    @abstractmethod
+    def _send(self, request: Request) -> None:
+        """Queues a request; its chunks come through `_dispatch`."""
+
+    @abstractmethod
+    def _abort(self, id: int) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees everything the engine holds; calling it twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: Prompts | Sequence[Prompts],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **fusion: Unpack[FusionOptions],
+    ) -> list[Output]:
+        """Generates for all prompts together; outputs come in their order.
+
+        `sampling` is one for all or one each. Keyword arguments override the family's fusion.
+        Raises `ValueError` before anything is generated where a prompt or an option is wrong; a
+        request that fails later has `finish_reason` "error" and says why, the others go on.
+        """
+        requests = self._requests(prompts, sampling, fusion)
+        outputs = {request.id: Output() for request in requests}
+        mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        with self._open(requests, mailbox.put):
+            for _ in track(requests, "generating", disable=not progress):
+                for chunk in iter(lambda: self._wait(mailbox), None):
+                    outputs[chunk.id].add(chunk, requests[0].fusion.experts)
+                    if chunk.finish_reason:
+                        break  # one more request is done
+        return list(outputs.values())
+
+    def stream(
+        self,
+        prompt: Prompts,
+        sampling: SamplingParams | None = None,
+        **fusion: Unpack[FusionOptions],
+    ) -> Iterator[Output]:
+        """Yields what each step adds; leaving the loop early frees the request.
+
+        Raises `RuntimeError` where the request fails on the way.
+        """
+        (request,) = self._requests([prompt], sampling, fusion)
+        mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        with self._open([request], mailbox.put):
+            while True:
+                output = Output().add(self._wait(mailbox), request.fusion.experts)
+                if output.error:
+                    raise RuntimeError(output.error)
+                yield output
+                if output.finish_reason:
+                    return
+
+    def fusion_params(self, **options: Unpack[FusionOptions]) -> FusionParams:
+        """The family's fusion with `options` on top. Raises `ValueError` where they clash."""
+        return resolve(self.family, options)
+
+    def _requests(
+        self,
+        prompts: Prompts | Sequence[Prompts],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        fusion: FusionOptions,
+    ) -> list[Request]:
+        many = _listed(prompts)
+        params = resolve(self.family, fusion)
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(many)
+        if len(sampling) != len(many):
+            raise ValueError(f"{len(many)} prompts but {len(sampling)} sampling parameters")
+        requests = []
+        for number, (prompt, each) in enumerate(zip(many, sampling, strict=True)):
+            request = self._request(prompt, each, params)
+            try:
+                self.limits.check(request)
+            except ValueError as error:
+                where = f"prompt {number}: " if len(many) > 1 else ""
+                raise ValueError(where + str(error)) from None
+            requests.append(request)
+        return requests
+
+    def _request(self, prompt: Prompts, sampling: SamplingParams, fusion: FusionParams) -> Request:
+        own = {}
+        if isinstance(prompt, Mapping):
+            if not prompt:
+                raise ValueError("a mapping of prompts needs at least one model's")
+            own = {name: self._encode(each) for name, each in prompt.items()}
+            shared = own.get(LARGE) or next(iter(own.values()))
+        else:
+            shared = self._encode(prompt)
+        return Request(
+            id=next(self._ids), prompt=shared, prompts=own, sampling=sampling, fusion=fusion
+        )
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    @contextmanager
+    def _open(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:
+        """Sends the requests; whatever of them is not finished at the end is aborted."""
+        try:
+            for request in requests:
+                self._deliver[request.id] = deliver
+                self._send(request)
+            yield
+        finally:
+            for request in requests:
+                if self._deliver.pop(request.id, None):
+                    self._abort(request.id)
+
+    def _dispatch(self, chunk: Chunk) -> None:
+        """Gives a chunk to whoever asked; nobody does where an abort has just crossed it."""
+        deliver = self._deliver.get(chunk.id)
+        if chunk.finish_reason:
+            self._deliver.pop(chunk.id, None)
+        if deliver:
+            deliver(chunk)
+
+    def _wait(self, mailbox: queue.SimpleQueue[Chunk | Exception]) -> Chunk:
+        return raised(mailbox.get())
+
+
+def raised(message: Chunk | Exception) -> Chunk:
+    """The chunk, or the exception that came in its place."""
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def resolve(family: Family, options: FusionOptions) -> FusionParams:
+    """The family's fusion with a request's own options on top.
+
+    Raises `ValueError` for names that are not in the family and for options that clash.
+    """
+    if unknown := set(options) - set(FusionOptions.__annotations__):
+        raise ValueError(
+            f"unknown fusion options {sorted(unknown)}; there are "
+            f"{sorted(FusionOptions.__annotations__)}"
+        )
+    experts = tuple(options.get("experts", family.experts))
+    bounds = options.get("bounds", {})
+    weights = options.get("weights", {})
+    for name in (*experts, *bounds, *weights):
+        if name not in family.experts:
+            raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
+    if len(set(experts)) < len(experts):
+        raise ValueError(f"`experts` names one twice: {list(experts)}")
+    rule = options.get("rule", family.fusion.rule)
+    if weights and rule != "static":
+        raise ValueError(f'`weights` belong to rule="static"; rule {rule!r} finds its own')
+    for low, high in bounds.values():
+        if not low < high:
+            raise ValueError(f"`bounds` must be [low, high] with low < high, not {(low, high)}")
+    fixed = {**family.fusion.weights, **weights}
+    # In the order of the family, so that equal requests are fused together.
+    experts = tuple(name for name in family.experts if name in experts)
+    return FusionParams(
+        rule=rule,
+        select=options.get("select", family.fusion.select),
+        step=options.get("step", family.fusion.step),
+        experts=experts,
+        bounds=tuple(
+            (float(low), float(high))
+            for low, high in (bounds.get(name, family.experts[name].bounds) for name in experts)
+        ),
+        weights=tuple(fixed.get(name, 1.0) for name in experts) if rule == "static" else (),
+        alone=options.get("alone"),
+    )
+
+
+def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
+    """What the loaded models can take together."""
+    eos = {token for each in descriptions.values() for token in each.eos_token_ids}
+    longest = family.engine.max_model_len
+    return Limits(
+        lengths={name: min(longest, descriptions[name].context) for name in family.models},
+        vocab=descriptions[LARGE].vocab,
+        eos_token_ids=tuple(sorted(eos)),
+    )
+
+
+def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, without special tokens and without beautifying."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    return decode
+
+
+def _listed(prompts: Prompts | Sequence[Prompts]) -> list[Prompts]:
+    """A list of prompts, also from a single one: text, a mapping, or a list of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if len(prompts) and all(isinstance(each, int) for each in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

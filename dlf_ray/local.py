@@ -1,0 +1,68 @@
+"""The whole family in this process, without Ray: for tests, notebooks and one-GPU experiments.
+
+The same coordinator, scheduler and workers as over Ray; only the fabric is a function call.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping
+
+from dlf_ray.config import Family
+from dlf_ray.coordinator import Coordinator
+from dlf_ray.frontend import BaseEngine, decoder, limits_of, raised
+from dlf_ray.messages import Chunk, Logits, Plan, Request
+from dlf_ray.worker import ModelWorker, check_vocabularies
+
+
+class LocalFabric:
+    """Runs the models one after the other, the small ones first."""
+
+    def __init__(self, workers: dict[str, ModelWorker]) -> None:
+        self._workers = workers
+
+    def send(self, plans: Mapping[str, Plan]) -> None:
+        """Nothing travels: `receive` computes."""
+
+    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | str]]:
+        for name in reversed(self._workers):
+            if name in plans:
+                try:
+                    yield name, self._workers[name].compute(plans[name])
+                except Exception as error:
+                    yield name, f"{type(error).__name__}: {error}"
+
+
+class LocalEngine(BaseEngine):
+    """Generates in this process; each wait for a chunk advances all running requests."""
+
+    def __init__(self, family: Family, worker: Callable[..., ModelWorker] = ModelWorker) -> None:
+        """Loads all models. `worker` makes one of (spec, engine config)."""
+        super().__init__(family)
+        workers = {name: worker(spec, family.engine) for name, spec in family.models.items()}
+        descriptions = {name: each.load() for name, each in workers.items()}
+        check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
+        self.tokenizer = workers["large"].tokenizer()
+        self.limits = limits_of(family, descriptions)
+        self.coordinator = Coordinator(
+            LocalFabric(workers),
+            limits=self.limits,
+            decode=decoder(self.tokenizer),
+            engine=family.engine,
+            device="cuda" if family.engine.num_gpus else "cpu",
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
+    def _send(self, request: Request) -> None:
+        self.coordinator.add(request)
+
+    def _abort(self, id: int) -> None:
+        self.coordinator.abort(id)
+
+    def _wait(self, mailbox: queue.SimpleQueue[Chunk | Exception]) -> Chunk:
+        while mailbox.empty():
+            for _, chunk in self.coordinator.step():
+                self._dispatch(chunk)
+        return raised(mailbox.get())
