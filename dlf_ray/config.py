@@ -24,6 +24,13 @@ LARGE, BASE = "large", "base"
 """The fixed names of two models of every family; all other names are experts."""
 
 
+def _check_resources(num_cpus: float, num_gpus: float) -> None:
+    if not num_cpus > 0 or not num_gpus >= 0:
+        raise ValueError("`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)")
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
+
+
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A mapping in the family file."""
 
@@ -187,13 +194,6 @@ class Family(_Section, frozen=True):
             base=resolve(self.base),
             experts={name: resolve(spec) for name, spec in self.experts.items()},
         )
-
-
-def _check_resources(num_cpus: float, num_gpus: float) -> None:
-    if not num_cpus > 0 or not num_gpus >= 0:
-        raise ValueError("`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)")
-    if num_gpus > 1 and num_gpus != int(num_gpus):
-        raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
 
 
 def _explain(message: str) -> str:

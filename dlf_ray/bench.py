@@ -1,0 +1,176 @@
+"""What the engine itself costs per step: real actors and sockets, forward passes left out.
+
+Beside it stands the floor: as many processes exchanging the same bytes in one plain ZeroMQ round
+trip each, without encryption, fusion or sampling.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import zmq
+
+from dlf_ray.config import Family
+from dlf_ray.engine import Engine
+from dlf_ray.messages import Description, Logits, Plan, SamplingParams
+from dlf_ray.worker import ModelWorker
+
+FUSION_STAGES = ("aim", "weigh", "sample")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians of one setting, milliseconds per step."""
+
+    experts: int
+    rows: int
+    exchange: float
+    """The bare exchange of the same bytes."""
+    step: float
+    """A step of the engine."""
+    fusion: float
+    """The part of `step` that fusion and sampling take."""
+
+
+class Numbers:
+    """A tokenizer of numbers, enough for prompts of token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return "".join(f" {id}" for id in ids)
+
+
+class SilentWorker(ModelWorker):
+    """A model that has its logits ready: fixed random ones, different for each model."""
+
+    def load(self) -> Description:
+        torch.set_num_threads(1)
+        name, _, vocab = self.spec.model.partition("/")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        shape = self.engine.max_num_seqs, int(vocab)
+        common = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+        self.logits = common + torch.randn(shape, generator=generator)
+        return Description(
+            vocab=int(vocab),
+            tokenizer_digest="numbers",
+            eos_token_ids=(),
+            context=2**31,
+            parameters=0,
+            device="cpu",
+            dtype="float32",
+        )
+
+    def tokenizer(self) -> Any:
+        return Numbers()
+
+    def compute(self, plan: Plan) -> Logits:
+        values = self.logits[: plan.rows]
+        finite = values.isfinite().all(-1).numpy()
+        return Logits(plan.step, values, finite, 0.0)
+
+
+def bench(
+    experts: Sequence[int], rows: Sequence[int], *, vocab: int, steps: int, rounds: int
+) -> Iterator[Result]:
+    """Measures every setting, engine and bare exchange in turn, `rounds` times each."""
+    for t in experts:
+        with Engine(_family(t, max(rows), vocab), worker=SilentWorker) as engine:
+            for r in rows:
+                step, fusion, bare = [], [], []
+                with Exchange(t + 2, plan=20 + 4 * 5 * r, reply=r * vocab * 4) as exchange:
+                    for _ in range(rounds + 1):
+                        took, share = _engine_round(engine, r, steps)
+                        step.append(took)
+                        fusion.append(share)
+                        bare.append(exchange.seconds(steps))
+                # The first round of each warms up.
+                medians = [1000 * statistics.median(each[1:]) for each in (bare, step, fusion)]
+                yield Result(t, r, *medians)
+
+
+def _family(experts: int, rows: int, vocab: int) -> Family:
+    def spec(name: str) -> dict[str, Any]:
+        return {"model": f"{name}/{vocab}", "num_cpus": 0.01}
+
+    return Family.from_dict(
+        {
+            "large": spec("large"),
+            "base": spec("base"),
+            "experts": {f"e{i}": spec(f"e{i}") for i in range(experts)},
+            "engine": {"max_num_seqs": rows, "max_model_len": 2**20, "num_cpus": 0.01},
+        }
+    )
+
+
+def _engine_round(engine: Engine, rows: int, steps: int) -> tuple[float, float]:
+    """Seconds per step, and those of fusion and sampling among them."""
+    before = engine.timings()
+    began = time.perf_counter()
+    engine.generate([[1]] * rows, SamplingParams(max_tokens=steps, ignore_eos=True))
+    took = time.perf_counter() - began
+    after = engine.timings()
+    done = after.steps - before.steps
+    share = sum(after.seconds[s] - before.seconds.get(s, 0) for s in FUSION_STAGES)
+    return took / done, share / done
+
+
+PEER = """
+import sys, zmq
+sock = zmq.Context().socket(zmq.DEALER)
+sock.connect(sys.argv[1])
+sock.send(b"")
+payload = bytes(int(sys.argv[2]))
+while sock.recv():
+    sock.send(payload, copy=False)
+"""
+
+
+class Exchange:
+    """Processes that each answer `plan` bytes with `reply` bytes."""
+
+    def __init__(self, processes: int, *, plan: int, reply: int) -> None:
+        self._plan = bytes(plan)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._folder = tempfile.TemporaryDirectory()
+        address = f"ipc://{Path(self._folder.name) / 'exchange'}"
+        self._socket.bind(address)
+        self._peers = [
+            subprocess.Popen([sys.executable, "-c", PEER, address, str(reply)])
+            for _ in range(processes)
+        ]
+        self._names = [self._socket.recv_multipart()[0] for _ in self._peers]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self._names:
+            self._socket.send_multipart([name, b""])
+        for peer in self._peers:
+            peer.wait()
+        self._socket.close()
+        self._context.term()
+        self._folder.cleanup()
+
+    def seconds(self, steps: int) -> float:
+        """Per round trip to all processes."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            for name in self._names:
+                self._socket.send_multipart([name, self._plan])
+            for _ in self._names:
+                self._socket.recv_multipart(copy=False)
+        return (time.perf_counter() - began) / steps

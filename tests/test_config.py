@@ -1,0 +1,76 @@
+"""The family file: what it accepts, and what it says about what it does not."""
+
+import pytest
+
+from dlf_ray import Family
+
+M = {"model": "some/model"}
+GOOD = {"large": M, "base": M, "experts": {"math": M, "facts": M}}
+
+
+def test_defaults_are_the_papers():
+    family = Family.from_dict(GOOD)
+    assert (family.fusion.rule, family.fusion.step, family.fusion.select) == ("grid", 0.1, "paper")
+    assert family.experts["math"].bounds == (0.0, 2.0)
+    assert list(family.models) == ["large", "base", "math", "facts"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"expert": {}}, ["`expert`", "experts", "fusion"]),
+        ({"large": {**M, "nmu_gpus": 1}}, ["`nmu_gpus`", "$.large", "num_gpus", "dtype"]),
+        ({"experts": {"math": {**M, "bound": 1}}}, ["`bound`", "bounds"]),
+        ({"fusion": {"rule": "gird"}}, ["gird", "$.fusion.rule", "grid", "exact", "static"]),
+        ({"fusion": {"step": 0}}, ["`step`"]),
+        ({"fusion": {"weights": {"math": 1.0}}}, ["static"]),
+        ({"fusion": {"rule": "static", "weights": {"maths": 1.0}}}, ["maths", "math", "facts"]),
+        ({"engine": {"max_num_seqs": "many"}}, ["int", "$.engine.max_num_seqs"]),
+        ({"engine": {"max_num_seqs": 0}}, ["max_num_seqs"]),
+        ({"engine": {"max_num_batched_tokens": 2}}, ["max_num_batched_tokens", "max_num_seqs"]),
+        ({"experts": {"math": {**M, "bounds": [2, 1]}}}, ["bounds", "low < high"]),
+        ({"experts": {"large": M}}, ["large", "expert"]),
+        ({"experts": [M]}, ["object", "array", "$.experts"]),
+        ({"base": {"model": ""}}, ["empty", "folder"]),
+        ({"base": {**M, "num_cpus": 0}}, ["num_cpus"]),
+        ({"base": {**M, "num_gpus": 1.5}}, ["whole number"]),
+        ({"base": {**M, "dtype": "int8"}}, ["int8", "bfloat16"]),
+    ],
+)
+def test_mistakes_are_named_with_what_is_valid(change, words):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 the words are checked below
+        Family.from_dict({**GOOD, **change})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ValueError, match="base"):
+        Family.from_dict({"large": M, "experts": {}})
+
+
+def test_files_name_themselves_in_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        Family.from_yaml(tmp_path / "nowhere.yaml")
+    file = tmp_path / "family.yaml"
+    file.write_text("large:\n\tmodel: x\n")
+    with pytest.raises(ValueError, match=r"family\.yaml.*spaces, not tabs"):
+        Family.from_yaml(file)
+    file.write_text("large: {model: x}\nbase: {model: x}\nexperts: {}\nspeed: 3\n")
+    with pytest.raises(ValueError, match=r"family\.yaml.*`speed`"):
+        Family.from_yaml(file)
+
+
+def test_local_folders_are_relative_to_the_file(tmp_path):
+    (tmp_path / "big").mkdir()
+    file = tmp_path / "family.yaml"
+    file.write_text("large: {model: big}\nbase: {model: org/small}\nexperts: {}\n")
+    family = Family.from_yaml(file)
+    assert family.large.model == str(tmp_path / "big")
+    assert family.base.model == "org/small"  # no such folder: a hub id
+
+
+def test_the_digest_tells_families_apart():
+    other = {**GOOD, "fusion": {"step": 0.05}}
+    assert Family.from_dict(GOOD).digest == Family.from_dict(GOOD).digest
+    assert Family.from_dict(GOOD).digest != Family.from_dict(other).digest

@@ -1,0 +1,135 @@
+"""The scheduler as a bookkeeper: every token computed once per model, in order, within budget."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlf_ray import SamplingParams
+from dlf_ray.messages import FusionParams, Plan, Request
+from dlf_ray.scheduler import Scheduler, Sequence
+
+FUSION = FusionParams(
+    rule="grid", select="paper", step=0.1, experts=("math",), bounds=((0.0, 2.0),)
+)
+LARGE_ALONE = FusionParams(rule="grid", select="paper", step=0.1, experts=(), bounds=())
+
+
+def sequence(id, prompt, new=3, prompts=None, fusion=FUSION):
+    request = Request(
+        id=id,
+        prompt=tuple(prompt),
+        prompts=prompts or {},
+        sampling=SamplingParams(max_tokens=new),
+        fusion=fusion,
+    )
+    return Sequence(request, room=new)
+
+
+def drive(scheduler, seen, caches):
+    """Runs to the end; the models' caches are dicts of token lists, checked like a real one."""
+    steps = 0
+    while scheduler.has_work:
+        step = scheduler.plan()
+        steps += 1
+        assert step.plans, "a step that computes nothing would never end"
+        for model, plan in step.plans.items():
+            assert plan.lengths.sum() <= scheduler.max_num_batched_tokens
+            assert len(set(plan.slots.tolist())) == len(plan.slots)
+            at = 0
+            for slot, start, length in zip(plan.slots, plan.starts, plan.lengths, strict=True):
+                cache = caches.setdefault((model, int(slot)), [])
+                assert start <= len(cache)
+                cache[start:] = plan.tokens[at : at + length].tolist()
+                at += length
+            assert plan.rows == sum(model in s.computed for s in step.ready)
+        for s in step.ready:
+            for model in s.computed:
+                whole = [*s.request.prompt_of(model), *s.generated]
+                assert caches[model, s.slot] == whole
+            row = {m: step.rows(m, [s])[0] for m in s.computed}
+            for model, r in row.items():
+                wanted = np.flatnonzero(step.plans[model].wants)[r]
+                assert step.plans[model].slots[wanted] == s.slot
+        for s in step.ready:
+            s.generated.append(1000 + len(s.generated))
+            if len(s.generated) == s.room:
+                seen.append(s.request.id)
+                scheduler.remove(s)
+    return steps
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    slots=st.integers(1, 5),
+    budget=st.integers(5, 40),
+)
+def test_every_token_is_computed_once_and_in_order(lengths, slots, budget):
+    scheduler = Scheduler(max_num_seqs=slots, max_num_batched_tokens=budget)
+    for id, (large, base) in enumerate(lengths):
+        # Prompts of different lengths per model, as with few-shot examples for the large one only.
+        fusion = LARGE_ALONE if id % 3 == 2 else FUSION
+        prompts = {"base": range(100, 100 + base)} if fusion is FUSION else {}
+        prompts = {name: tuple(tokens) for name, tokens in prompts.items()}
+        scheduler.add(sequence(id, range(large), new=1 + id % 4, prompts=prompts, fusion=fusion))
+    seen = []
+    drive(scheduler, seen, {})
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_first_come_first_served():
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=100)
+    for id in range(4):
+        scheduler.add(sequence(id, [1, 2]))
+    seen = []
+    drive(scheduler, seen, {})
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_long_prompt_does_not_delay_running_answers():
+    scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=8)
+    short = sequence(0, [1], new=50)
+    scheduler.add(short)
+    step = scheduler.plan()
+    short.generated.append(1)
+    scheduler.add(sequence(1, range(60)))
+    for _ in range(8):
+        step = scheduler.plan()
+        assert short in step.ready
+        assert step.plans["large"].lengths.sum() == 8
+        short.generated.append(1)
+
+
+def test_a_whole_prompt_fits_one_step_when_the_budget_allows():
+    scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=2048)
+    scheduler.add(sequence(0, range(500), new=1))
+    assert drive(scheduler, [], {}) == 1
+
+
+def test_aborts_free_slots_whether_running_or_waiting():
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=8)
+    first, second, third = (sequence(id, [1]) for id in range(3))
+    for s in (first, second, third):
+        scheduler.add(s)
+    scheduler.plan()
+    scheduler.remove(second)
+    scheduler.remove(first)
+    assert scheduler.plan().ready == [third]
+
+
+@given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 9), st.integers(1, 5)), max_size=8))
+def test_plans_survive_the_wire(chunks):
+    columns = np.array(chunks, dtype=np.int32).reshape(len(chunks), 3).T
+    tokens = np.arange(columns[2].sum(), dtype=np.int32)
+    plan = Plan(2**40, *columns, (columns[2] > 2).astype(np.int32), tokens)
+    again = Plan.from_bytes(plan.to_bytes())
+    assert again.step == plan.step
+    for name in ("slots", "starts", "lengths", "wants", "tokens"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"x" + b[1:], lambda b: b[:3]])
+def test_broken_plans_are_refused(damage):
+    one = np.ones(1, dtype=np.int32)
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_bytes(damage(Plan(1, one, one, one, one, one).to_bytes()))
