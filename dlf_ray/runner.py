@@ -33,8 +33,9 @@ Indices = npt.NDArray[np.int64]
 
 FREE_PADDING = 64
 """Tokens of padding that cost less than another forward pass, which reads all weights again."""
-LENGTH_STEP, SLOT_STEP = 64, 4
-"""The cache's length and slots are multiples of these: few sizes, rows aligned for kernels."""
+LENGTH_STEP = 64
+"""The cache's length is a multiple of it: few sizes to grow through, rows aligned for kernels."""
+NOWHERE = "there is no such folder, and the Hugging Face hub did not give it either"
 NO_LIMIT = 2**31 - 1
 """The context of a model whose configuration names none."""
 
@@ -138,7 +139,7 @@ class Runner:
     def _pass(self, chunks: Indices, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
         """One pass of the model over chunks padded to the longest of them: [rows, vocab]."""
         slots, starts, lengths, wants, firsts = chunks
-        offsets = np.arange(lengths.max(initial=1))
+        offsets = np.arange(lengths.max())
         real = offsets < lengths[:, None]
         # Padding repeats position 0 of its sequence: it sees that one, so its softmax is no 0 / 0.
         positions = np.where(real, starts[:, None] + offsets, 0)
@@ -155,9 +156,8 @@ class Runner:
         packed = packed.to(self._model.device)  # one transfer for all
         at = torch.split(packed, [array.size for array in arrays])
         ids, where = at[0].view(real.shape), at[1].view(real.shape)
-        end = -(-int((starts + lengths).max(initial=1)) // 8) * 8
         # Attention reads no further than the longest row, and to a multiple that kernels like.
-        end = -(-int((starts + lengths).max(initial=1)) // 8) * 8
+        end = -(-int((starts + lengths).max()) // 8) * 8
         ascending = (np.diff(slots) == 1).all()
         self._cache.point(
             _Rows(
@@ -247,7 +247,9 @@ class Runner:
             fed = np.concatenate([tokens[a:b] for a, b in zip(starts, ends, strict=True)])
             try:
                 cached = self.forward(Plan(0, slots, starts, ends - starts, ends - starts, fed))
-            except (TypeError, AttributeError, IndexError, KeyError, ValueError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # anything may go wrong in code that expects another cache
                 raise ValueError(
                     f"{self._name} ({kind}) does not run with a slot cache: {error!r}"
                 ) from error
@@ -339,11 +341,10 @@ class SlotCache(Cache):
     ) -> torch.Tensor:
         old = (0, 0) if held is None else (held.shape[0], held.shape[2])
         slots, length = (
-            have if need <= have else -(-max(need, min(have * 3 // 2, limit)) // step) * step
-            for have, need, limit, step in zip(
-                old, needed, self._limits, (SLOT_STEP, LENGTH_STEP), strict=True
-            )
+            have if need <= have else max(need, min(have * 3 // 2, limit))
+            for have, need, limit in zip(old, needed, self._limits, strict=True)
         )
+        length = -(-length // LENGTH_STEP) * LENGTH_STEP
         grown = new.new_zeros(slots, new.shape[1], length, new.shape[3])
         if held is not None:
             grown[: old[0], :, : old[1]] = held
@@ -356,7 +357,7 @@ def _groups(lengths: Indices) -> list[Indices]:
     Indices into `lengths`, ascending within a group. Longest first, a chunk joins the group unless
     padding would exceed both `FREE_PADDING` tokens and a quarter of the group's own.
     """
-    if not len(lengths) or lengths.min() == lengths.max():
+    if len(lengths) and lengths.min() == lengths.max():
         return [np.arange(len(lengths))]
     groups: list[list[int]] = []
     width = tokens = 0
@@ -390,8 +391,8 @@ def _windows(config: Any, name: str, length: int) -> dict[str, int | None]:
         kinds = ["full_attention" if window is None else "sliding_attention"]
     if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise ValueError(
-            f"{name} has layers of type {', '.join(others)}, whose state has no positions to roll "
-            "back to: use a model of full and sliding attention only"
+            f"{name} has layers of type {', '.join(others)}, which a slot cache cannot hold: use a "
+            "model whose layers are all full_attention or sliding_attention"
         )
     seen = window if window is not None and window < length else None
     return {kind: seen if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
@@ -405,10 +406,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers of every kind, each failing in its own way
+        hint = "set `tokenizer:` in the family file to a folder or hub id that has one"
+        reason = hint if Path(where).is_dir() else NOWHERE
         raise ValueError(
-            f"no tokenizer could be loaded from {where}: set `tokenizer:` in the family file to a "
-            f"folder or hub id that has one ({error})"
+            f"no tokenizer could be loaded from {where}: {reason} ({error})"
         ) from error
     return tokenizer
 
@@ -453,31 +455,37 @@ def _load_model(spec: ModelSpec) -> Any:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a model saved by transformers")
     pickled = (
-        f"{spec.model} has no weights in safetensors; pickled ones can run code when loaded. If "
+        f"{spec.model} has no weights in safetensors. Pickled ones can run code when loaded; if "
         'you trust them, convert them once: python -c "from transformers import '
         f"AutoModelForCausalLM as M; M.from_pretrained('{spec.model}', use_safetensors=False)"
         ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files there"
     )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(pickled)
-    device: Any = "auto" if spec.num_gpus > 1 else "cuda:0" if spec.num_gpus > 0 else None
+    too_large = (
+        f"{spec.model} does not fit in the memory of its {spec.num_gpus:g} GPUs: raise `num_gpus` "
+        "in the family file, or set `dtype: bfloat16`"
+    )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.model,
             dtype=spec.dtype,
-            device_map=device,
+            device_map="auto" if spec.num_gpus > 1 else "cuda:0" if spec.num_gpus else "cpu",
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(too_large) from error
     except SafetensorError as error:
         raise ValueError(
             f"a safetensors file of {spec.model} is damaged or incomplete ({error}): "
             "download or copy it again"
         ) from error
-    except (OSError, ValueError) as error:
-        hint = pickled if "safetensors" in str(error) else str(error)
-        raise ValueError(f"cannot load {spec.model}: {hint}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = pickled if "safetensors" in str(error) else error
+        where = "" if folder.is_dir() else f" ({NOWHERE})" if isinstance(error, OSError) else ""
+        raise ValueError(f"{spec.model} could not be loaded{where}: {reason}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random numbers in their place.
@@ -485,9 +493,8 @@ def _load_model(spec: ModelSpec) -> Any:
             f"{spec.model} lacks {len(missing)} weights of its architecture, {missing[0]} first: "
             "download or copy it again"
         )
-    spilled = {str(d) for d in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk"}
-    if device == "auto" and spilled:
-        raise ValueError(f"{spec.model} does not fit in {spec.num_gpus:g} GPUs: raise `num_gpus`")
+    if spec.num_gpus > 1 and {"cpu", "disk"} & {str(d) for d in model.hf_device_map.values()}:
+        raise ValueError(too_large)
     return model.eval()
 
 

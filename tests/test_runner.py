@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Plan
-from dlf_ray.runner import Runner, _groups, load_tokenizer, vocabulary_difference
+from dlf_ray.runner import FREE_PADDING, Runner, _context, _groups, load_tokenizer
+from dlf_ray.runner import vocabulary_difference as difference
 
 VOCAB = 300
 TOLERANCE = 1e-4
 """Of the largest logit: float32 sums in another order (other batch shapes, masked places added as
 zeros) differ by some 1e-6 each, and grow a little with every layer; a wrong mask, position or slot
 moves logits by 1e-1 and more."""
-
-gpu = pytest.mark.gpu
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,8 @@ def make_plan(*chunks: tuple[int, int, list[int], int]) -> Plan:
         return np.array(values, dtype=np.int32)
 
     lengths = [len(t) for t in tokens]
-    return Plan(0, ints(slots), ints(starts), ints(lengths), ints(wants), ints(sum(tokens, [])))
+    flat = [token for chunk in tokens for token in chunk]
+    return Plan(0, ints(slots), ints(starts), ints(lengths), ints(wants), ints(flat))
 
 
 class Oracle:
@@ -126,6 +126,354 @@ def follow(run: Runner, oracle: Oracle, schedule: Schedule, steps: int, toleranc
 @pytest.mark.parametrize("arch", tiny.ARCHS)
 def test_random_schedules_equal_a_plain_forward(folders, arch):
     oracle = Oracle(folders[arch])
-    for seed in range(2):
+    for seed in range(3):
         run = runner(folders[arch], slots=5, length=48)
         assert follow(run, oracle, Schedule(seed, 5, 48), steps=25) > 30
+
+
+def test_long_chunks_beside_decoding_rows(folders):
+    run, oracle = runner(folders["llama"], slots=8, length=300), Oracle(folders["llama"])
+    assert follow(run, oracle, Schedule(1, 8, 300, longest=200), steps=15) > 30
+
+
+def test_a_window_beyond_every_position_changes_nothing(folders):
+    run = runner(folders["gemma3_text"], length=tiny.WINDOW)
+    assert set(run._windows.values()) == {None}
+    follow(run, Oracle(folders["gemma3_text"]), Schedule(0, 4, tiny.WINDOW), steps=20)
+
+
+def test_rows_keep_the_order_of_the_plan_and_ignore_each_other(folders):
+    run, oracle = runner(folders["llama"], length=256), Oracle(folders["llama"])
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, VOCAB, n).tolist() for n in (3, 200, 1, 9)]
+    # Of such lengths that they fall into several passes, in an order unlike that of the slots.
+    got = run.forward(
+        make_plan(
+            (3, 0, texts[0], 3), (0, 0, texts[1], 2), (2, 0, texts[2], 0), (1, 0, texts[3], 1)
+        )
+    )
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    close(got, torch.cat([oracle(texts[0]), oracle(texts[1])[-2:], oracle(texts[3])[-1:]]))
+
+
+def test_a_view_and_a_gather_of_the_cache_give_the_same(folders):
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, VOCAB, n).tolist() for n in (4, 7, 5)]
+    results = []
+    for slots in ((1, 2, 3), (0, 2, 3), (3, 1, 2)):
+        run = runner(folders["llama"])
+        pairs = list(zip(slots, texts, strict=True))
+        run.forward(make_plan(*((slot, 0, text, 0) for slot, text in pairs)))
+        results.append(run.forward(make_plan(*((s, len(t), [11], 1) for s, t in pairs))))
+    close(results[1], results[0])
+    close(results[2], results[0])
+
+
+def test_only_wanted_rows_reach_the_output_embeddings(folders):
+    run = runner(folders["llama"])
+    seen = []
+    run._model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert (
+        run.forward(make_plan((0, 0, [1, 2, 3], 2), (1, 0, [4], 0), (2, 0, [5], 1))).shape[0] == 3
+    )
+    assert run.forward(make_plan((3, 0, [1, 2, 3], 0))).shape == (0, VOCAB)
+    assert run.forward(make_plan()).shape == (0, VOCAB)
+    assert [shape[1] for shape in seen] == [3, 0]
+
+
+def test_the_vocabulary_is_cut(tmp_path):
+    # Embeddings are often padded beyond the tokenizer; a family may also set a shorter length.
+    folder = tiny.model(tmp_path, vocab=320)
+    tiny.tokenizer(tmp_path, VOCAB)
+    run, expected = runner(folder), Oracle(folder)([7, 8])
+    assert run.vocab == run.describe().vocab == VOCAB
+    close(run.forward(make_plan((0, 0, [7, 8], 2))), expected[:, :VOCAB])
+    run.vocab = 290
+    cut = run.forward(make_plan((0, 0, [7, 8], 2)))
+    close(cut, expected[:, :290])
+    assert cut.is_contiguous()
+
+
+def test_storage_grows_with_what_is_used(folders):
+    run, oracle = runner(folders["llama"], slots=16, length=400), Oracle(folders["llama"])
+    run._cache._storage.clear()  # of what loading has tried
+
+    def shape():
+        (found,) = {(len(held), held.shape[2]) for held in run._cache._storage.values()}
+        return found
+
+    text = np.random.default_rng(0).integers(0, VOCAB, 400).tolist()
+    run.forward(make_plan((0, 0, text[:10], 0)))
+    assert shape() == (1, 64)
+    run.forward(make_plan((2, 0, text[:5], 0), (0, 10, text[10:70], 0)))
+    assert shape() == (3, 128)
+    close(
+        run.forward(make_plan((0, 70, text[70:], 1), (2, 5, text[5:7], 1))),
+        torch.stack([oracle(text)[-1], oracle(text[:7])[-1]]),
+    )
+    assert shape() == (3, 448)
+
+
+def test_what_a_sequence_leaves_behind_does_not_reach_the_next(folders):
+    run, oracle = runner(folders["llama"]), Oracle(folders["llama"])
+    run.forward(make_plan((0, 0, list(range(20)), 1), (1, 0, [1, 2, 3], 1)))
+    with torch.inference_mode():
+        for held in run._cache._storage.values():
+            held[0] = torch.nan  # a model that overflowed
+    close(
+        run.forward(make_plan((1, 3, [4], 1), (0, 0, [5, 6], 1))),
+        torch.stack([oracle([1, 2, 3, 4])[-1], oracle([5, 6])[-1]]),
+    )
+
+
+def test_a_failed_pass_leaves_nothing_that_counts_as_computed(folders, monkeypatch):
+    run = runner(folders["llama"])
+    run.forward(make_plan((0, 0, [1, 2, 3], 1), (1, 0, [1], 1)))
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._model.model.layers[1].mlp, "forward", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            run.forward(make_plan((0, 1, [2, 3, 4], 1)))
+    with pytest.raises(ValueError, match="start at 0"):
+        run.forward(make_plan((0, 3, [4], 1)))
+    oracle = Oracle(folders["llama"])
+    close(
+        run.forward(make_plan((0, 1, [2, 3], 1), (1, 1, [2], 1))),
+        torch.stack([oracle([1, 2, 3])[-1], oracle([1, 2])[-1]]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [
+        ((0, 4, [1], 1), "start at 0"),
+        ((1, 1, [1], 1), "start at 0"),
+        ((0, -1, [1], 1), "start at 0"),
+        ((4, 0, [1], 1), "0..3"),
+        ((-1, 0, [1], 1), "0..3"),
+        ((0, 3, [1] * 62, 1), "64 positions"),
+        ((0, 0, [VOCAB], 1), "token ids"),
+        ((0, 0, [-1], 1), "token ids"),
+        ((0, 0, [], 0), "a token or more"),
+        ((0, 0, [1], 2), "score more"),
+        ((0, 0, [1], -1), "score more"),
+        ((2, 0, [1], 1), "twice"),
+    ],
+)
+def test_broken_plans_are_refused_and_change_nothing(folders, chunk, message):
+    run = runner(folders["llama"])
+    run.forward(make_plan((0, 0, [1, 2, 3], 0)))
+    with pytest.raises(ValueError, match=message):
+        run.forward(make_plan((2, 0, [5], 1), chunk))
+    close(run.forward(make_plan((0, 3, [4], 1))), Oracle(folders["llama"])([1, 2, 3, 4])[-1:])
+
+
+def test_tokens_without_a_chunk_are_refused(folders):
+    plan = make_plan((0, 0, [1, 2], 1))
+    longer = Plan(0, plan.slots, plan.starts, plan.lengths, plan.wants, np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="no token is left"):
+        runner(folders["llama"]).forward(longer)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 600), max_size=40))
+def test_groups_hold_every_chunk_once_with_little_padding(lengths):
+    array = np.array(lengths, dtype=np.int64)
+    groups = _groups(array)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert (np.diff(group) > 0).all()
+        padding = (array[group].max(initial=0) - array[group]).sum()
+        assert padding <= max(FREE_PADDING, array[group].sum() // 4)
+
+
+def test_a_long_chunk_does_not_pad_decoding_rows():
+    groups = _groups(np.array([1] * 15 + [500] + [1] * 15))
+    assert [len(group) for group in groups] == [1, 30]
+    assert len(_groups(np.array([1, 5, 4, 1, 3]))) == 1  # drafts share one pass
+
+
+def test_description(folders, tmp_path):
+    told = runner(folders["llama"]).describe()
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    assert told.parameters == model.num_parameters()
+    assert (told.vocab, told.context, told.device, told.dtype) == (VOCAB, 512, "cpu", "float32")
+    assert told.eos_token_ids == (0,)
+    assert told.tokenizer_digest == runner(folders["mistral"]).describe().tokenizer_digest
+    folder = tiny.model(tmp_path, vocab=290, dtype=torch.bfloat16)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    other = runner(folder).describe()
+    assert (other.eos_token_ids, other.dtype) == ((3, 5), "bfloat16")
+    assert other.tokenizer_digest != told.tokenizer_digest
+    assert runner(folder, dtype="float32").describe().dtype == "float32"
+
+
+def test_a_shorter_context_lowers_the_limit(folders):
+    run = runner(folders["gpt2"], length=4096)
+    with pytest.raises(ValueError, match="512 positions"):
+        run.forward(make_plan((0, 0, [1] * 513, 1)))
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 128}
+    config = AutoConfig.for_model("llama", max_position_embeddings=512)
+    config.rope_parameters = rope
+    assert _context(config) == 128
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(folders, dtype):
+    run = runner(folders["gemma2"], slots=5, length=48, dtype=dtype)
+    # 8 bits of a bfloat16's number: some 1 % after two layers.
+    oracle = Oracle(folders["gemma2"], dtype=getattr(torch, dtype))
+    follow(run, oracle, Schedule(0, 5, 48), steps=10, tolerance=0.05)
+
+
+def test_vocabulary_difference():
+    a = {"x": 0, "y": 1, "z": 2}
+    assert difference(a, dict(reversed(a.items())), "large", "base") is None
+    assert difference(a, {"x": 0, "z": 1, "y": 2}, "large", "base") == (
+        "large (3 tokens) and base (3 tokens) do not share a vocabulary: "
+        "id 1 is 'y' in large and 'z' in base"
+    )
+    assert "id 2 is 'z' in large and nothing in math" in str(
+        difference(a, {"x": 0, "y": 1}, "large", "math")
+    )
+
+
+def test_vocabulary_difference_of_tokenizers(folders, tmp_path):
+    here = load_tokenizer(ModelSpec(model=str(folders["llama"])))
+    assert difference(here, tiny.tokenizer(tmp_path, VOCAB), "large", "base") is None
+    assert "id 290" in str(difference(here, tiny.tokenizer(tmp_path, 290), "large", "base"))
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of a good model, to be broken."""
+    return shutil.copytree(folders["llama"], tmp_path / "model")
+
+
+def edit(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor a model of the Hugging Face hub"):
+        runner(tmp_path / "none")
+
+
+def test_no_configuration(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        runner(folder)
+
+
+def test_no_tokenizer(folder, folders):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="set `tokenizer:` in the family file"):
+        runner(folder)
+    assert runner(folder, tokenizer=str(folders["llama"])).vocab == VOCAB
+
+
+def test_another_models_tokenizer(tmp_path, folders):
+    tiny.tokenizer(tmp_path, 400)
+    with pytest.raises(ValueError, match="ids beyond the model's 300"):
+        runner(folders["llama"], tokenizer=str(tmp_path))
+
+
+def test_pickled_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="convert them once: python -c"):
+        runner(folder)
+
+
+def test_a_truncated_file(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        runner(folder)
+
+
+def test_missing_weights_are_not_made_up(folder):
+    edit(folder, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"lacks 9 weights.*layers\.2"):
+        runner(folder)
+
+
+def test_weights_of_other_shapes(folder):
+    edit(folder, intermediate_size=48)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        runner(folder)
+
+
+def test_weights_that_are_not_finite(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[3] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="not finite"):
+        runner(folder)
+
+
+def test_layers_with_another_kind_of_state(tmp_path):
+    config = AutoConfig.for_model(
+        "lfm2", hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=VOCAB,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, VOCAB)
+    with pytest.raises(ValueError, match="layers of type conv"):
+        runner(tmp_path)
+
+
+def test_an_architecture_that_masks_by_itself(tmp_path):
+    # Its local layers take the length of the cache for the length of every sequence.
+    config = AutoConfig.for_model(
+        "gpt_neo", hidden_size=32, num_layers=2, num_heads=4, vocab_size=VOCAB, window_size=5,
+        attention_types=[[["global", "local"], 1]], initializer_range=0.4, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, VOCAB)
+    with pytest.raises(ValueError, match="answers otherwise with a slot cache"):
+        runner(tmp_path)
+
+
+def test_an_adapter_is_merged_into_its_base(folders, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, VOCAB)
+    with torch.inference_mode():
+        expected = adapted.eval()(torch.tensor([[1, 2, 3]])).logits[0]
+    got = runner(tmp_path).forward(make_plan((0, 0, [1, 2, 3], 3)))
+    close(got, expected)
+    assert not torch.allclose(got, Oracle(folders["llama"])([1, 2, 3]), atol=0.1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install peft"):
+        runner(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpus_that_are_not_there(folders):
+    with pytest.raises(ValueError, match="num_gpus: 0"):
+        runner(folders["llama"], num_gpus=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("arch", ["llama", "qwen2_sliding", "gemma2", "gemma3_text", "mistral"])
+def test_random_schedules_on_cuda(folders, arch, dtype, tolerance):
+    run = runner(folders[arch], slots=5, length=48, num_gpus=1, dtype=dtype)
+    assert run.describe().device == "cuda:0"
+    oracle = Oracle(folders[arch], "cuda", getattr(torch, dtype))
+    follow(run, oracle, Schedule(0, 5, 48), steps=25, tolerance=tolerance)
