@@ -54,6 +54,8 @@ class Runner:
         self._name = spec.model
         self._tokenizer = load_tokenizer(spec)
         self._model = _load_model(spec)
+        # Properties there, which walk over the parameters each time.
+        self._device, self._dtype = self._model.device, self._model.dtype
         config = self._model.config.get_text_config(decoder=True)
         self._context = _context(config)
         self._length = min(max_model_len, self._context)
@@ -63,7 +65,7 @@ class Runner:
         self._computed = np.zeros(max_num_seqs, dtype=np.int64)
         self._written = np.zeros(max_num_seqs, dtype=np.bool_)
         self._wanted: torch.Tensor | None = None
-        self.vocab = NO_LIMIT
+        self.vocab = NO_LIMIT  # until the model has said how many logits it has
         self.vocab = min(len(self._tokenizer), self._compare_with_plain_forward())
 
     def describe(self) -> Description:
@@ -77,8 +79,8 @@ class Runner:
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             context=self._context,
             parameters=sum(p.numel() for p in self._model.parameters()),
-            device=str(self._model.device),
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
         )
 
     @torch.inference_mode()
@@ -103,7 +105,7 @@ class Runner:
         self._computed[slots] += lengths
         if len(groups) == 1:  # a group keeps the plan's order
             return logits[0]
-        out = torch.empty(plan.rows, self.vocab, dtype=self._model.dtype, device=self._model.device)
+        out = torch.empty(plan.rows, self.vocab, dtype=self._dtype, device=self._device)
         row_of = np.repeat(np.arange(len(slots)), wants)
         for group, part in zip(groups, logits, strict=True):
             rows = np.flatnonzero(np.isin(row_of, group))
@@ -153,8 +155,8 @@ class Runner:
             np.flatnonzero(real & (offsets >= (lengths - wants)[:, None])),
         )
         packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-        packed = packed.to(self._model.device)  # one transfer for all
-        at = torch.split(packed, [array.size for array in arrays])
+        packed = packed.to(self._device)  # one transfer for all
+        at = packed.split_with_sizes([array.size for array in arrays])
         ids, where = at[0].view(real.shape), at[1].view(real.shape)
         # Attention reads no further than the longest row, and to a multiple that kernels like.
         end = -(-int((starts + lengths).max()) // 8) * 8
@@ -187,7 +189,7 @@ class Runner:
         One per kind of layer where kinds differ. Floats, because eager attention adds the mask, and
         the kernels behind SDPA would turn a boolean one into floats again in every layer.
         """
-        dtype = self._model.dtype
+        dtype = self._dtype
         keys = torch.arange(end, device=positions.device)
         queries = positions[:, None, :, None]
         masks = {}
@@ -222,19 +224,19 @@ class Runner:
         head = self._model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{self._name} ({kind}) has no output embeddings: not a causal LM")
-        text = self._tokenizer("Two and three is five.")["input_ids"][: self._length]
-        tokens = np.array(text, dtype=np.int32)
+        text = self._tokenizer("Two and three is five.")["input_ids"] or [0]
+        tokens = np.array(text[: self._length], dtype=np.int32)
         if tokens.max() >= self._embedded:
             raise ValueError(
                 f"the tokenizer of {self._name} gives ids beyond the model's {self._embedded}: "
                 "set `tokenizer:` in the family file to the one it was trained with"
             )
-        ids = torch.from_numpy(tokens)[None].to(self._model.device)
+        ids = torch.from_numpy(tokens)[None].to(self._device)
         plain = self._model(input_ids=ids, use_cache=False).logits[0].float()
         if not plain.isfinite().all():
             raise ValueError(
                 f"{self._name} gives logits that are not finite: its weights are broken, or "
-                f"overflow in {self._model.dtype} (set `dtype: float32` or `bfloat16`)"
+                f"overflow in {self._dtype} (set `dtype: float32` or `bfloat16`)"
             )
         head.register_forward_pre_hook(self._select)
         # Two chunks in the last slot, beside a shorter sequence in the first where there are two.
@@ -317,8 +319,8 @@ class SlotCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a pass's keys and values, [B, heads, T, dim] each; returns all that rows may see,
-        [B, heads, size[1], dim] each."""
+        """Writes keys and values of a pass, [B, heads, T, dim]; returns all that its rows may see,
+        [B, heads, end, dim]."""
         device = key_states.device
         if (rows := self._rows.get(device)) is None:
             rows = self._rows[device] = next(iter(self._rows.values())).to(device)
@@ -409,9 +411,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers of every kind, each failing in its own way
         hint = "set `tokenizer:` in the family file to a folder or hub id that has one"
         reason = hint if Path(where).is_dir() else NOWHERE
-        raise ValueError(
-            f"no tokenizer could be loaded from {where}: {reason} ({error})"
-        ) from error
+        raise ValueError(f"{where} gives no tokenizer: {reason} ({error})") from error
     return tokenizer
 
 
