@@ -68,6 +68,7 @@ def family_of(folder: Path, experts=EXPERTS, fusion=None, **engine) -> Family:
 def ray_cluster():
     import ray
 
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # actors import the tests' own workers
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
