@@ -109,12 +109,14 @@ def generate(
         colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(loaded.experts)}
         with _engine(loaded, local) as engine:
             for each in prompt:
+                whole: list[Output] = []
                 console.print(each, end="", style="dim", markup=False, highlight=False)
                 for piece in engine.stream(each, sampling, **options):
                     _show(piece, colours if show_weights else {})
+                    whole.append(piece)
                 console.print()
-        if show_weights:
-            _legend(colours)
+                if show_weights:
+                    _legend(whole, colours)
 
 
 def _names(listed: str) -> list[str]:
@@ -127,9 +129,16 @@ def _show(piece: Output, colours: Mapping[str, str]) -> None:
     console.print(piece.text, end="", style=style, markup=False, highlight=False)
 
 
-def _legend(colours: Mapping[str, str]) -> None:
-    names = [f"[{colour}]{name}[/{colour}]" for name, colour in colours.items()]
-    console.print("carried by: " + "  ".join([*names, "the large model alone"]))
+def _legend(pieces: Sequence[Output], colours: Mapping[str, str]) -> None:
+    """Who carried how many tokens, and with which weight on average."""
+    carried = [name for piece in pieces for name in piece.experts]
+    weights = [weight for piece in pieces for weight in piece.weights]
+    parts = [
+        f"[{colour}]{name}[/{colour}] {carried.count(name)} tokens, mean weight "
+        f"{sum(weight.get(name, 0.0) for weight in weights) / len(weights):.2f}"
+        for name, colour in colours.items()
+    ]
+    console.print("; ".join([*parts, f"large model alone {carried.count(None)}"]), highlight=False)
 
 
 @app.command("evaluate")

@@ -198,7 +198,7 @@ class Coordinator:
                     failed.setdefault(sequence, f"model {model!r} failed: {answer}")
             return
         self.seconds[f"forward {model}"] += answer.seconds
-        values = answer.values.to(self.device)
+        values = answer.values[:, : self.limits.vocab].to(self.device)
         if not answer.finite.all():
             # Rows are independent, but nothing may trip over a row that is lost already.
             finite = torch.from_numpy(answer.finite.copy()).to(self.device)

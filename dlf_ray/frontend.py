@@ -291,7 +291,7 @@ def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits
     longest = family.engine.max_model_len
     return Limits(
         lengths={name: min(longest, descriptions[name].context) for name in family.models},
-        vocab=descriptions[LARGE].vocab,
+        vocab=min(each.vocab for each in descriptions.values()),
         eos_token_ids=tuple(sorted(eos)),
     )
 

@@ -8,25 +8,16 @@ row, a 4-D mask per kind of layer, and a `Cache` whose `update` writes where the
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from dlf_ray.config import ModelSpec
+from dlf_ray.loading import digest, load_model, load_tokenizer
 from dlf_ray.messages import Description, Plan
 
 Indices = npt.NDArray[np.int64]
@@ -35,7 +26,6 @@ FREE_PADDING = 64
 """Tokens of padding that cost less than another forward pass, which reads all weights again."""
 LENGTH_STEP = 64
 """The cache's length is a multiple of it: few sizes to grow through, rows aligned for kernels."""
-NOWHERE = "there is no such folder, and the Hugging Face hub did not give it either"
 NO_LIMIT = 2**31 - 1
 """The context of a model whose configuration names none."""
 
@@ -53,7 +43,7 @@ class Runner:
     def __init__(self, spec: ModelSpec, *, max_num_seqs: int, max_model_len: int) -> None:
         self._name = spec.model
         self._tokenizer = load_tokenizer(spec)
-        self._model = _load_model(spec)
+        self._model = load_model(spec)
         # Properties there, which walk over the parameters each time.
         self._device, self._dtype = self._model.device, self._model.dtype
         config = self._model.config.get_text_config(decoder=True)
@@ -75,7 +65,7 @@ class Runner:
             eos = self._tokenizer.eos_token_id
         return Description(
             vocab=self.vocab,
-            tokenizer_digest=_digest(self._tokenizer.get_vocab()),
+            tokenizer_digest=digest(self._tokenizer.get_vocab()),
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             context=self._context,
             parameters=sum(p.numel() for p in self._model.parameters()),
@@ -398,126 +388,3 @@ def _windows(config: Any, name: str, length: int) -> dict[str, int | None]:
         )
     seen = window if window is not None and window < length else None
     return {kind: seen if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
-
-
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises `ValueError`, saying what to do, where there is none."""
-    where = spec.tokenizer or spec.model
-    _check_folder(where)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            where, trust_remote_code=spec.trust_remote_code
-        )
-    except Exception as error:  # tokenizers of every kind, each failing in its own way
-        hint = "set `tokenizer:` in the family file to a folder or hub id that has one"
-        reason = hint if Path(where).is_dir() else NOWHERE
-        raise ValueError(f"{where} gives no tokenizer: {reason} ({error})") from error
-    return tokenizer
-
-
-def vocabulary_difference(
-    a: PreTrainedTokenizerBase | Mapping[str, int],
-    b: PreTrainedTokenizerBase | Mapping[str, int],
-    name_a: str,
-    name_b: str,
-) -> str | None:
-    """None if both give the same tokens the same ids, else a sentence on the first difference."""
-    tokens_a, tokens_b = (
-        {i: token for token, i in (v if isinstance(v, Mapping) else v.get_vocab()).items()}
-        for v in (a, b)
-    )
-    for i in sorted(tokens_a.keys() | tokens_b.keys()):
-        if tokens_a.get(i) != tokens_b.get(i):
-            said = [repr(t[i]) if i in t else "nothing" for t in (tokens_a, tokens_b)]
-            return (
-                f"{name_a} ({len(tokens_a)} tokens) and {name_b} ({len(tokens_b)} tokens) do not "
-                f"share a vocabulary: id {i} is {said[0]} in {name_a} and {said[1]} in {name_b}"
-            )
-    return None
-
-
-def _digest(vocab: Mapping[str, int]) -> str:
-    pairs = sorted((i, token) for token, i in vocab.items())
-    return hashlib.sha256(msgspec.json.encode(pairs)).hexdigest()[:16]
-
-
-def _load_model(spec: ModelSpec) -> Any:
-    """The model in evaluation mode, on its device; an adapter is merged into its base."""
-    if spec.num_gpus > 0 and not torch.cuda.is_available():
-        raise ValueError(
-            f"{spec.model} asks for {spec.num_gpus:g} GPUs, but torch sees no CUDA device: set "
-            "`num_gpus: 0` in the family file, or install a CUDA build of torch and its driver"
-        )
-    _check_folder(spec.model)
-    if adapter := find_adapter_config_file(spec.model):
-        return _load_adapter(spec, Path(adapter))
-    folder = Path(spec.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a model saved by transformers")
-    pickled = (
-        f"{spec.model} has no weights in safetensors. Pickled ones can run code when loaded; if "
-        'you trust them, convert them once: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{spec.model}', use_safetensors=False)"
-        ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files there"
-    )
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise ValueError(pickled)
-    too_large = (
-        f"{spec.model} does not fit in the memory of its {spec.num_gpus:g} GPUs: raise `num_gpus` "
-        "in the family file, or set `dtype: bfloat16`"
-    )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            spec.model,
-            dtype=spec.dtype,
-            device_map="auto" if spec.num_gpus > 1 else "cuda:0" if spec.num_gpus else "cpu",
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ValueError(too_large) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"a safetensors file of {spec.model} is damaged or incomplete ({error}): "
-            "download or copy it again"
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = pickled if "safetensors" in str(error) else error
-        where = "" if folder.is_dir() else f" ({NOWHERE})" if isinstance(error, OSError) else ""
-        raise ValueError(f"{spec.model} could not be loaded{where}: {reason}") from error
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ValueError(
-            f"{spec.model} lacks {len(missing)} weights of its architecture, {missing[0]} first: "
-            "download or copy it again"
-        )
-    if spec.num_gpus > 1 and {"cpu", "disk"} & {str(d) for d in model.hf_device_map.values()}:
-        raise ValueError(too_large)
-    return model.eval()
-
-
-def _load_adapter(spec: ModelSpec, adapter: Path) -> Any:
-    """A PEFT adapter merged into the base that it names."""
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{spec.model} is an adapter of {base}: pip install peft to load it")
-    if not base:
-        raise ValueError(f"{adapter} names no `base_model_name_or_path` to put the adapter on")
-    from peft import PeftModel
-
-    model = _load_model(msgspec.structs.replace(spec, model=base))
-    try:
-        merged = PeftModel.from_pretrained(model, spec.model, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot put the adapter {spec.model} on {base}: {error}") from error
-    return merged.merge_and_unload().eval()
-
-
-def _check_folder(name: str) -> None:
-    """Raises `ValueError` for what reads like a folder and is none."""
-    path = Path(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if is_path and not path.is_dir():
-        raise ValueError(f"{name} is neither a folder nor a model of the Hugging Face hub")

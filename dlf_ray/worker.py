@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 
 from dlf_ray.config import LARGE, EngineConfig, Family, ModelSpec
+from dlf_ray.loading import load_tokenizer, vocabulary_difference
 from dlf_ray.messages import Description, Logits, Plan
-from dlf_ray.runner import Runner, load_tokenizer, vocabulary_difference
+from dlf_ray.runner import Runner
 
 
 class Link(Protocol):

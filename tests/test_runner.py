@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlf_ray.config import ModelSpec
+from dlf_ray.loading import load_tokenizer
+from dlf_ray.loading import vocabulary_difference as difference
 from dlf_ray.messages import Plan
-from dlf_ray.runner import FREE_PADDING, Runner, _context, _groups, load_tokenizer
-from dlf_ray.runner import vocabulary_difference as difference
+from dlf_ray.runner import FREE_PADDING, Runner, _context, _groups
 
 VOCAB = 300
 TOLERANCE = 1e-4

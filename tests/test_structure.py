@@ -1,0 +1,86 @@
+"""The rules of the house, executed: lint, formatting, types, and who may import whom."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dlf_ray"
+LIBRARIES = {
+    "ray": {"engine", "bench"},
+    "zmq": {"transport", "bench"},
+    "transformers": {"loading", "runner", "train", "demo"},
+    "typer": {"cli"},
+}
+"""Libraries that only the named modules may import."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
+    ids=" ".join,
+)
+def test_lint_and_types(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def table():
+    """The README's table of modules: what each may import of the package."""
+    rows = re.findall(r"^  (\w+)\.py .*<- (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return {name: set() if allowed == "-" else set(allowed.split()) for name, allowed in rows}
+
+
+def imported(path):
+    """Every module that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: import by the full name"
+            yield node.module
+            if node.module == "dlf_ray":
+                yield from (f"dlf_ray.{alias.name}" for alias in node.names)
+
+
+def modules():
+    return {path.stem: set(imported(path)) for path in PACKAGE.glob("*.py")}
+
+
+def test_the_readme_lists_every_module():
+    assert set(table()) == set(modules())
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PACKAGE.glob("*.py")))
+def test_nothing_imports_upward(name):
+    own = {each.split(".")[1] for each in modules()[name] if each.startswith("dlf_ray.")}
+    allowed = table()[name]
+    assert own <= allowed, f"{name}.py imports {own - allowed}, which the README does not allow"
+    assert allowed <= own, f"{name}.py does not import {allowed - own}, as the README says"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_stay_where_they_belong(library):
+    users = {
+        name
+        for name, names in modules().items()
+        if any(each.split(".")[0] == library for each in names)
+    }
+    assert users <= LIBRARIES[library]
+
+
+def test_the_top_level_is_the_one_agreed():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    agreed = {"pyproject.toml", "cluster", "dlf_ray", "jobs", "tests", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= agreed
