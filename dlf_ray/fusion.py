@@ -9,16 +9,16 @@ All divergences are in nats. They need no softmax per candidate: with the cumula
     A(a) = log sum_v P_v exp(a D_v)      KL(P~_a || P) = a A'(a) - A(a)      KL(P || P~_a) = A(a)
 
 for `D` centred, `sum_v P_v D_v = 0`. A candidate thus costs one exponential and two
-multiply-adds per token of the vocabulary. On a CPU the exponentials are the floor: at V = 32000 one
-core needs 40 us for `expm1` and 6 us for a multiply-add. So the candidates of the grid are powers
-of each other here, and all 21 of them cost 0.4 ms, as much as ten single ones: no bisection on the
-divergences, which grow monotonically for `a >= 0`, would be faster, and negative weights need none.
+multiply-adds per token of the vocabulary, and on a CPU the exponentials are the floor: at V = 32000
+one core needs 40 us for an `expm1` and 6 us for a multiply-add. So the candidates of the grid are
+made from each other, by multiply-adds. All 21 cost 0.4 ms, no more than the ten or so that a
+bisection would evaluate singly (both divergences grow monotonically with `a >= 0`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -117,10 +117,8 @@ def aim(
 
     Raises `ValueError` where shapes differ or a name is unknown.
     """
-    if rule not in ("grid", "exact", "static"):
-        raise ValueError(f"unknown rule {rule!r}: use grid, exact or static")
-    if select not in ("paper", "strongest", "blend"):
-        raise ValueError(f"unknown select {select!r}: use paper, strongest or blend")
+    _check("rule", rule, Rule)
+    _check("select", select, Select)
     if base.dim() != 2 or any(expert.shape != base.shape for expert in experts):
         shapes = [tuple(logits.shape) for logits in (base, *experts)]
         raise ValueError(f"base and experts are {shapes}: give each as [rows, vocabulary], alike")
@@ -137,14 +135,14 @@ def aim(
     if not count:
         none = base.new_zeros(2, rows)
         return Aims("static", shifts, base.new_zeros(0, rows, 0), none, 0, none[0])
-    probs = _softmax(base)
+    probs = base.softmax(-1)
 
     def distances(shifts: Tensor) -> Tensor:  # [2, D, R]: KL(expert || base), KL(base || expert)
         alpha = base.new_ones(*shifts.shape[:2], 1)
         return _divergences(alpha, _cumulants(base, probs, shifts, alpha))[..., 0]
 
     each = distances(shifts)
-    single = torch.eye(count, device=base.device)
+    single = torch.eye(count, dtype=base.dtype, device=base.device)
     if select == "paper" or rule == "static":
         target = each.mean(1)
         spread = (each - target[:, None]).square().sum((0, 1))
@@ -179,10 +177,12 @@ def weigh(
 
     Rule `grid` tries low, low + step, ... up to high (the paper: 0.0, 0.1, ... 2.0; the first
     minimum wins, in the order of the experts, then of the grid). `exact` goes on from there to the
-    minimum in the reals, within one step and the bounds. `static` takes the weights of `aim`.
+    minimum in the reals, within one step and the bounds. `static` takes the weights of `aim`, which
+    know no bounds.
 
-    Raises `ValueError` where `large` or `bounds` do not fit the aims.
+    Raises `ValueError` where `large`, `rule` or `bounds` do not fit the aims.
     """
+    _check("rule", rule, Rule)
     directions, rows, count = aims.parts.shape
     if large.shape != aims.shifts.shape[1:]:
         fit = list(aims.shifts.shape[1:])
@@ -207,7 +207,7 @@ def weigh(
         tops = logits.new_tensor([high for _, high in limits])[who]  # [D, R]
         ladder = step if all(low == 0 for low, _ in limits) else None
 
-    probs = _softmax(logits)
+    probs = logits.softmax(-1)
     kl = _divergences(alpha, _cumulants(logits, probs, aims.shifts, alpha, ladder=ladder))
     loss = _loss(kl, aims).masked_fill_(alpha > tops[..., None] + step / 1000, torch.inf)
     best = loss.argmin(-1, keepdim=True)
@@ -225,6 +225,11 @@ def weigh(
     weights = (alphas[..., None] * aims.parts).sum(0)
     loss, _, f, g = points.gather(1, winner.expand(4, 1, rows))[:, 0]
     return Fused(logits, weights, loss, torch.stack([f, g], -1))
+
+
+def _check(name: str, value: str, valid: Any) -> None:
+    if value not in get_args(valid):
+        raise ValueError(f"unknown {name} {value!r}: use {', '.join(get_args(valid))}")
 
 
 def _grids(bounds: Bounds, step: float, count: int) -> list[list[float]]:
@@ -246,13 +251,6 @@ def _mix(shifts: Tensor, parts: Tensor) -> Tensor:
     for part, shift in zip(parts.T[1:], shifts[1:], strict=True):
         mixed.addcmul_(part[:, None], shift)
     return mixed[None]
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """[R, V]; over a large vocabulary the sums inside torch's own are good to 1e-5 only."""
-    probs: Tensor = logits.softmax(-1)
-    probs /= probs.sum(-1, keepdim=True)
-    return probs
 
 
 def _divergences(alpha: Tensor, cumulants: Tensor) -> Tensor:
@@ -310,21 +308,20 @@ def _cumulants(
     wide = torch.maximum(alpha.amax(-1) * reach[0], alpha.amin(-1) * reach[1]) > 60
     if wide.any():
         i, j = wide.nonzero(as_tuple=True)
-        out[:, i, j] = _wide_cumulants(logits[j], probs[j], shifts[i, j], alpha[i, j], order)
+        out[:, i, j] = _wide_cumulants(logits[j], shifts[i, j], alpha[i, j], order)
     return out
 
 
 def _wide_cumulants(
     logits: Tensor,  # [N, V]
-    probs: Tensor,  # [N, V]
     shift: Tensor,  # [N, V]
     alpha: Tensor,  # [N, K]
     order: int,
 ) -> Tensor:
     """`_cumulants` [order, N, K] for shifts of any size, slower; float32 has no digits to spare."""
-    shift = shift.double()
-    d = shift - (probs * shift).sum(-1, keepdim=True)
-    x = logits.double().log_softmax(-1)[:, None] + alpha[..., None] * d[:, None]  # [N, K, V]
+    logprobs, shift = logits.double().log_softmax(-1), shift.double()
+    d = shift - (logprobs.exp() * shift).sum(-1, keepdim=True)
+    x = logprobs[:, None] + alpha[..., None] * d[:, None]  # [N, K, V]
     log_sum = x.logsumexp(-1)
     tilted = x.sub_(log_sum[..., None]).exp_()
     powers = torch.stack([d**n for n in range(order)], 1)

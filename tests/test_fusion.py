@@ -90,16 +90,17 @@ def slack(loss, *divergences, count=1):
     divergences, which is relative (1e-5), and for small ones what the rounding of the shift is."""
     largest = max(divergences)
     error = 1e-5 * largest + 1e-6 * math.sqrt(largest)
-    return 2 * error * math.sqrt(count * loss) + count * error**2
+    return 2 * error * math.sqrt(count * loss) + count * error**2 + 1e-15
 
 
 def assert_same(one: Fused, two: Fused, count=1, tolerance=1e-4):
     """Equal answers, but for rows where two candidates are as good as float32 can tell."""
     for row in range(len(one.loss)):
         loss, other = float(one.loss[row]), float(two.loss[row])
-        allowed = slack(max(loss, other), *one.kl[row].tolist(), *two.kl[row].tolist(), count=count)
-        # a loss near 0 comes from targets as large as the divergences, which `kl` shows
-        assert abs(loss - other) <= allowed + 1e-12
+        worse = max(loss, other)
+        largest = float(torch.maximum(one.kl[row], two.kl[row]).max())
+        # the target is at most that far from what was reached
+        assert abs(loss - other) <= slack(worse, largest + math.sqrt(worse), count=count)
         if torch.allclose(one.weights[row].sum(), two.weights[row].sum(), atol=tolerance):
             torch.testing.assert_close(
                 one.logits[row].log_softmax(-1),
@@ -139,7 +140,7 @@ def assert_answers(case: Case, fused: Fused, select="paper", bounds=None, **how)
             k = round((weights[expert] - limits[expert][0]) / step)
         candidate = answer.table[d][k]
         aims = [*answer.kl, *kl, *answer.pulls]
-        allowed = slack(max(candidate, answer.loss), *aims, count=count) + 1e-15
+        allowed = slack(max(candidate, answer.loss), *aims, count=count)
         assert float(fused.loss[row]) == pytest.approx(candidate, abs=allowed)
         assert candidate <= answer.loss + allowed
         if candidate == answer.loss:
@@ -198,8 +199,9 @@ def test_oracle(device, case, rule, select):
 
 @pytest.mark.parametrize("select", SELECTS)
 def test_oracle_over_many_blocks(device, select):
-    case = make(seed=5, rows=3, vocab=30_000, experts=3)
-    assert_answers(case, fuse(*case.to(device), select=select), select=select)
+    for shape in (3, 30_000, 3), (1, 150_000, 1):
+        case = make(5, *shape)
+        assert_answers(case, fuse(*case.to(device), select=select), select=select)
 
 
 @examples(
@@ -222,7 +224,8 @@ def test_exact_is_a_minimum(device, case, select):
             case.large[row], case.base[row], case.experts[:, row], select=select, step=1 / 200
         )
         allowed = slack(dense.loss, *dense.kl, *dense.pulls, count=len(case.experts))
-        assert exact.loss[row] <= dense.loss + allowed
+        # near weight 0 all is flat, and a miss of 1e-6 nats is as good as none
+        assert exact.loss[row] <= dense.loss + allowed + 1e-12
 
 
 def test_exact_solves_where_it_can():
@@ -232,6 +235,27 @@ def test_exact_solves_where_it_can():
     assert (exact.loss / grid.loss).median() < 0.5
     assert ((exact.weights - grid.weights).abs() < 0.1 + 1e-6).all()
     assert ((exact.weights * 10) % 1 > 1e-3).any()
+
+
+def test_exact_leaves_weight_zero(device):
+    """The loss is stationary there, so that a step of Newton's method alone would stay."""
+    case = make(seed=7, rows=16, vocab=257, experts=1).to(device)
+    grid, exact = (fuse(*case, rule=rule, step=1.0, bounds=[(0.0, 2.0)]) for rule in SEARCHES)
+    stuck = grid.weights[:, 0] == 0
+    assert stuck.any()
+    assert (exact.loss[stuck] < grid.loss[stuck] / 10).all()
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_bounds_bind(device, search):
+    case = make(seed=8, rows=16, vocab=257, experts=1).to(device)
+    free = fuse(*case, rule=search).weights
+    assert ((free > 1.1) | (free < 0.8)).any()
+    # the upper bound is a candidate although 0.3 / 0.1 is below 3 in floating point
+    assert fuse(*case, rule=search, bounds=[(0.0, 0.3)]).weights.amax().item() == pytest.approx(0.3)
+    weights = fuse(*case, rule=search, bounds=[(0.8, 1.1)]).weights
+    assert weights.min().item() == pytest.approx(0.8)
+    assert weights.max().item() == pytest.approx(1.1)
 
 
 @examples(case=cases(), search=searches, select=selects, constant=st.integers(-50, 50))
@@ -330,6 +354,7 @@ def test_rows_of_a_batch_are_rows_alone(device, case, rule, select):
 def test_only_some_experts(device, case, rule, select, low):
     case = case.to(device)
     bounds, weights = [(low, 1.0)] * 3, [0.5, 0.7, 0.9] if rule == "static" else None
+    bounds[0] = bounds[0] if select == "blend" else (low, 0.4)
     every = fuse(*case, rule=rule, select=select, bounds=bounds, weights=weights, only=[2, 0])
     two = fuse(
         case.large,
@@ -337,7 +362,7 @@ def test_only_some_experts(device, case, rule, select, low):
         [case.experts[2], case.experts[0]],
         rule=rule,
         select=select,
-        bounds=bounds[:2],
+        bounds=[bounds[2], bounds[0]],
         weights=weights and [0.9, 0.5],
     )
     assert torch.equal(every.weights[:, [2, 0]], two.weights)
@@ -386,16 +411,20 @@ def test_oracle_where_exponentials_overflow(device, select, spread):
     assert_answers(case, fused, select=select)
 
 
-def test_small_divergences_keep_their_digits(device):
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_small_divergences_keep_their_digits(device, offset):
     """1e-9 nats are below the resolution of a probability in float32."""
     case = make(seed=4, rows=4, vocab=257, experts=1)
     draw = torch.Generator().manual_seed(0)
-    base = case.base / 64
-    experts = base + 1e-4 * torch.randn(1, 4, 257, generator=draw)
-    case = Case(case.large, base, experts)
-    fused = fuse(*case.to(device), rule="static")
+    large, base = case.large.clone(), case.base / 64
+    shift = 1e-4 * torch.randn(1, 4, 257, generator=draw)
+    # all but one token move together, and that one has no part in the large model's distribution
+    base[:, 0], large[:, 0] = 8.0, -60.0
+    shift[..., 1:] += offset
+    experts = base + shift
+    fused = fuse(*Case(large, base, experts).to(device), rule="static")
     for row in range(4):
-        answer = oracle(case.large[row], base[row], experts[:, row], rule="static")
+        answer = oracle(large[row], base[row], experts[:, row], rule="static")
         assert 1e-10 < answer.kl[0] < 1e-7
         assert fused.kl[row].tolist() == pytest.approx(answer.kl, rel=1e-2)
 
@@ -428,8 +457,8 @@ def test_static_weights_are_the_sum_of_shifts(device):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"rule": "golden"}, "use grid, exact or static"),
-        ({"select": "best"}, "use paper, strongest or blend"),
+        ({"rule": "golden"}, "use grid, exact, static"),
+        ({"select": "best"}, "use paper, strongest, blend"),
         ({"weights": [1.0], "rule": "static"}, "one for each of 2"),
         ({"bounds": [(0.0, 2.0)]}, "one for each of 2"),
         ({"bounds": [(0.0, 2.0), (1.0, 0.5)]}, "low <= high"),
@@ -461,5 +490,7 @@ def test_bad_shapes():
         weigh(large, aim(base, experts, rule="grid", select="paper"), rule="static")
     with pytest.raises(ValueError, match="one rule in both"):
         weigh(large, aim(base, experts, rule="static", select="paper"))
+    with pytest.raises(ValueError, match="use grid, exact, static"):
+        weigh(large, aim(base, experts, rule="grid", select="paper"), rule="golden")
     with pytest.raises(ValueError, match="one for each of 2"):
         weigh(large, aim(base, experts, rule="grid", select="paper"), bounds=[(0.0, 2.0)])
