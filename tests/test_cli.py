@@ -1,0 +1,90 @@
+"""The `dlf` command as its users run it."""
+
+import json
+
+import pytest
+import yaml
+from conftest import EXPERTS, family_of
+from typer.testing import CliRunner
+
+from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray.cli import app
+
+
+def dlf(*words):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, words)))
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    path = folder / "family.yaml"
+    experts = {name: {"model": name} for name in EXPERTS}
+    engine = {"max_model_len": 256}
+    family = {"large": {"model": "large"}, "base": {"model": "base"}, "experts": experts}
+    path.write_text(yaml.safe_dump({**family, "engine": engine}))
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["demo"], ["bench"]], ids=str)
+def test_help_explains(command):
+    shown = dlf(*command, "--help")
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output
+
+
+def test_generate_streams_what_the_engine_generates(file, folder):
+    with LocalEngine(family_of(folder)) as engine:
+        (expected,) = engine.generate("hello there", SamplingParams(max_tokens=12))
+    shown = dlf("generate", file, "--prompt", "hello there", "--max-tokens", 12, "--local")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.replace("\n", "") == ("hello there" + expected.text).replace("\n", "")
+
+
+def test_weights_are_shown_on_demand(file):
+    words = ("--prompt", "x", "--max-tokens", 5, "--local", "--show-weights")
+    shown = dlf("generate", file, *words, "--experts", "math,facts")
+    assert shown.exit_code == 0, shown.output
+    assert "prose 0 tokens, mean weight 0.00" in shown.output
+    assert "math" in shown.output
+
+
+def test_evaluate_prints_a_row_per_method(file, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": w, "answer": w}) + "\n" for w in "abc"))
+    methods = "large,base,expert:math,static,dynamic:blend"
+    shown = dlf("evaluate", file, data, "--methods", methods, "--local", "--max-tokens", 4)
+    assert shown.exit_code == 0, shown.output
+    for method in methods.split(","):
+        assert f"{method} " in shown.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "nowhere.yaml", "--prompt", "x"], "no family file at nowhere.yaml"),
+        (["generate", "FILE", "--prompt", "", "--local"], "prompt is empty"),
+        (["generate", "FILE", "--prompt", "x", "--experts", "chess", "--local"], "chess"),
+        (["generate", "FILE", "--prompt", "x", "--top-p", "2", "--local"], "top_p"),
+        (["evaluate", "FILE", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["evaluate", "FILE", "FILE", "--methods", "huge"], "line 1"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_with_one_line_and_no_trace(file, words, message):
+    shown = dlf(*(file if word == "FILE" else word for word in words))
+    assert shown.exit_code == 1
+    assert message in shown.output
+    assert "Traceback" not in shown.output
+
+
+def test_bench_measures_engine_and_exchange(ray_cluster):
+    sizes = ("--experts", 1, "--rows", "1,2", "--vocab", 100, "--steps", 5, "--rounds", 1)
+    shown = dlf("bench", *sizes)
+    assert shown.exit_code == 0, shown.output
+    rows = [line for line in shown.output.splitlines() if line.startswith("│ 1 ")]
+    assert len(rows) == 2
+    for row in rows:
+        _, _, exchange, step, fusion, rate, *_ = (float(x) for x in row.strip("│").split("│"))
+        assert exchange > 0
+        assert 0 < fusion < step
+        assert rate == pytest.approx(1000 / step, rel=0.2)
