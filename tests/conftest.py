@@ -49,9 +49,9 @@ def pad_vocabulary(model: Path, size: int) -> None:
     padded.save_pretrained(model)
 
 
-def family_of(folder: Path, experts=EXPERTS, fusion=None, **engine) -> Family:
+def family_of(folder: Path, experts=EXPERTS, fusion=None, num_gpus=0, **engine) -> Family:
     def spec(name):
-        return {"model": str(folder / name), "num_cpus": 0.1}
+        return {"model": str(folder / name), "num_cpus": 0.1, "num_gpus": num_gpus}
 
     return Family.from_dict(
         {
@@ -59,9 +59,22 @@ def family_of(folder: Path, experts=EXPERTS, fusion=None, **engine) -> Family:
             "base": spec("base"),
             "experts": {name: spec(name) for name in experts},
             "fusion": fusion or {},
-            "engine": {"max_num_seqs": 8, "max_model_len": 256, "num_cpus": 0.1, **engine},
+            "engine": {
+                "max_num_seqs": 8,
+                "max_model_len": 256,
+                "num_cpus": 0.1,
+                "num_gpus": num_gpus,
+                **engine,
+            },
         }
     )
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

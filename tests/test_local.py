@@ -37,9 +37,19 @@ def oracle(folder):
     assert made.ties <= 0.02 * made.tokens
 
 
-@pytest.fixture(scope="module", params=[24, 4096], ids=["chunked", "whole"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((24, 0), id="chunked"),
+        pytest.param((4096, 0), id="whole"),
+        pytest.param((24, 0.1), id="cuda-chunked", marks=pytest.mark.gpu),
+        pytest.param((4096, 0.1), id="cuda-whole", marks=pytest.mark.gpu),
+    ],
+)
 def engine(request, folder):
-    with LocalEngine(family_of(folder, max_num_batched_tokens=request.param)) as made:
+    budget, num_gpus = request.param
+    family = family_of(folder, num_gpus=num_gpus, max_num_batched_tokens=budget)
+    with LocalEngine(family) as made:
         yield made
 
 
