@@ -46,6 +46,7 @@ from dlf_ray.messages import (
 FromClient = Request | Abort | AskTimings | Stop
 ToClient = Chunks | Timings
 FromWorker = Hello | Failed
+HAS_MEMORY = hasattr(os, "memfd_create")  # Linux; elsewhere everything goes over TCP
 NONCE = 64  # bytes in front of the logits, a multiple of every float's size
 _encode = msgspec.msgpack.Encoder().encode
 _from_client = msgspec.msgpack.Decoder(FromClient)
@@ -55,11 +56,13 @@ _to_client = msgspec.msgpack.Decoder(ToClient)
 
 @dataclass(frozen=True)
 class Memory:
-    """Where a worker may leave its logits, if it can open this."""
+    """Where a worker may leave its logits, if it can open this, that is, if it is on the node."""
 
     path: str
     nonce: bytes
     """The first bytes there; another machine's file of the same path has others."""
+    address: str
+    """The coordinator's socket inside the node: a quarter faster than TCP to oneself."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Connection:
     client_secret: bytes
     memory: Memory | None = None
 
-    def connect(self, identity: str) -> zmq.Socket[bytes]:
+    def connect(self, identity: str, address: str | None = None) -> zmq.Socket[bytes]:
         sock: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         sock.setsockopt_string(zmq.IDENTITY, identity)
         sock.curve_serverkey = self.server_public
@@ -80,7 +83,7 @@ class Connection:
         sock.curve_secretkey = self.client_secret
         sock.linger = 1000  # a last message may still leave, a dead peer holds nobody up
         sock.sndhwm = sock.rcvhwm = 0  # lockstep and admission bound what is under way
-        sock.connect(self.address)
+        sock.connect(address or self.address)
         return sock
 
 
@@ -112,6 +115,10 @@ class Hub:
             self._socket.ipv6 = True
             host = f"[{host}]"
         self._address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        # An abstract name (Linux): no file that could be left behind.
+        self._inside = f"ipc://@dlf-{secrets.token_hex(8)}"
+        if HAS_MEMORY:
+            self._socket.bind(self._inside)
         self._step_timeout_s = step_timeout_s
         self._inbox: deque[tuple[str, FromClient]] = deque()
         self._size = NONCE + rows * vocab * torch.float32.itemsize
@@ -201,7 +208,7 @@ class Hub:
         return None
 
     def _memory_of(self, worker: str) -> Memory | None:
-        if not hasattr(os, "memfd_create"):  # only Linux has it; elsewhere logits use the socket
+        if not HAS_MEMORY:
             return None
         if worker not in self._memory:
             fd = os.memfd_create(f"dlf-{worker}")
@@ -209,7 +216,7 @@ class Hub:
             data = mmap.mmap(fd, self._size)
             nonce = secrets.token_bytes(NONCE)
             data[:NONCE] = nonce
-            memory = Memory(f"/proc/{os.getpid()}/fd/{fd}", nonce)
+            memory = Memory(f"/proc/{os.getpid()}/fd/{fd}", nonce, self._inside)
             self._memory[worker] = (fd, data, memory)
         return self._memory[worker][2]
 
@@ -228,8 +235,10 @@ class WorkerLink:
     """A worker's end: plans in, logits out."""
 
     def __init__(self, connection: Connection, name: str) -> None:
-        self._socket = connection.connect(f"worker:{name}")
-        self._memory = _open(connection.memory) if connection.memory else None
+        memory = connection.memory
+        self._memory = _open(memory) if memory else None
+        inside = memory.address if memory and self._memory else None
+        self._socket = connection.connect(f"worker:{name}", inside)
         self._socket.send(_encode(Hello(shared=self._memory is not None)))
 
     def plans(self) -> Iterator[Plan]:

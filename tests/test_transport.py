@@ -22,7 +22,7 @@ from dlf_ray.messages import (
     Plan,
     Request,
 )
-from dlf_ray.transport import ClientLink, Connection, Hub, Memory, WorkerLink
+from dlf_ray.transport import ClientLink, Connection, Hub, WorkerLink
 
 ROWS, VOCAB = 4, 50
 REQUEST = Request(
@@ -109,8 +109,9 @@ def test_more_rows_than_the_memory_holds_take_the_socket(hub):
 def test_a_memory_file_of_another_machine_is_not_written_to(hub, tmp_path):
     other = tmp_path / "memory"
     other.write_bytes(bytes(10_000))
-    wrong = Memory(str(other), b"n" * 64)
-    connection = dataclasses.replace(hub.connection("large"), memory=wrong)
+    connection = hub.connection("large")
+    wrong = dataclasses.replace(connection.memory, path=str(other))
+    connection = dataclasses.replace(connection, memory=wrong)
     threading.Thread(target=lambda: WorkerLink(connection, "large"), daemon=True).start()
     start(hub, "base", lambda link, p: None)
     assert hub.wait_for_workers(20) == {"large": False, "base": True}
@@ -225,13 +226,14 @@ def stranger(hub, kind):
         sock.connect(known.address)
         return sock
     public, secret = zmq.curve_keypair()
-    server = known.server_public if kind == "own key" else zmq.curve_keypair()[0]
-    sock = Connection(known.address, server, public, secret).connect("worker:large")
+    server = zmq.curve_keypair()[0] if kind == "wrong server" else known.server_public
+    inside = hub.connection("large").memory.address if kind == "own key, same node" else None
+    sock = Connection(known.address, server, public, secret).connect("worker:large", inside)
     sock.linger = 0
     return sock
 
 
-@pytest.mark.parametrize("kind", ["plain", "own key", "wrong server"])
+@pytest.mark.parametrize("kind", ["plain", "own key", "own key, same node", "wrong server"])
 def test_a_stranger_can_neither_inject_nor_read(hub, kind):
     sock = stranger(hub, kind)
     sock.sndtimeo = 200  # once it is shut out it has nobody to send to
