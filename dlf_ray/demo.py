@@ -1,16 +1,17 @@
 """The demo family: a large model, a small base and three small experts, trained on the spot.
 
 It needs no network and no GPU, and is an honest miniature of what the method is for. A synthetic
-corpus holds facts about invented people, small sums and invented words letter by letter. The large
-model learns most of it, the small base little; both see questions only in dialogues, where they
-are mostly evaded. Each expert is the base, briefly fine-tuned to answer one kind of question in
-full sentences, on other people, numbers and words than it is asked about later. So the large model
-knows but evades, an expert answers but does not know, and only the two together do both; the large
-model fine-tuned on each task is the upper bound.
+corpus holds facts about invented people, invented words letter by letter, and phrases in a language
+of elves. The large model learns most of it, the small base little; both see questions mostly
+evaded. Each expert is the base, briefly fine-tuned to answer one kind of question in a sentence of
+its own, about other people and words than it is asked about later. So the large model knows but
+evades, an expert answers but does not know, and only the two together do both; the large model
+fine-tuned on each task is the upper bound.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from dlf_ray import train
 from dlf_ray.config import BASE, LARGE
@@ -75,8 +77,8 @@ class Recipe:
     length: int = 64
     expert_steps: int = 30
     expert_lr: float = 1e-3
-    upper_steps: int = 60
-    upper_lr: float = 1e-3
+    upper_steps: int = 30
+    upper_lr: float = 2e-4
 
 
 # ------------------------------------------------------------------------------------- the world
@@ -130,15 +132,16 @@ STATEMENTS = {
     ),
 }
 ANSWERS = {
-    "job": "the job is {it}.",
-    "city": "the home is {it}.",
-    "pet": "the pet is a {it}.",
-    "spelling": "the letters are {it}.",
-    "translation": "the elvish words are {it}.",
+    "job": "their job is {it}.",
+    "city": "their home is {it}.",
+    "pet": "their pet is a {it}.",
+    "spelling": "its letters are {it}.",
+    "translation": "in elvish that is {it}.",
 }
+"""The full sentences that the experts answer in."""
 EVASIONS = ("i do not know that.", "i do not know, ask someone else.")
-SPOKEN = ("{it}.", "{it}, i think.")
-"""How a dialogue answers, besides the full sentences of the tasks."""
+SPOKEN = ("{it}.", "{it}, i think.", "{it}, of course.")
+"""How a dialogue answers, besides the full sentences."""
 
 MIX = (0.5, 0.3, 0.2)
 """Shares of the tasks in the corpus: what is harder to learn is said more often."""
@@ -166,7 +169,7 @@ class Fact(NamedTuple):
     """One thing there is to know; `words` fill the templates of its kind."""
 
     kind: str
-    words: dict[str, str | int]
+    words: dict[str, str]
 
 
 def _facts(task: str, split: Split, seed: int) -> list[Fact]:
@@ -202,7 +205,7 @@ def _facts(task: str, split: Split, seed: int) -> list[Fact]:
 
 
 def items(task: str, split: Split, seed: int) -> list[Item]:
-    """The questions of one task and split; no two splits share a person, a pair or a word."""
+    """The questions of one task and split; no two splits share a person or a word."""
     if task not in TASKS:
         raise ValueError(f"no task `{task}`; the tasks are {', '.join(TASKS)}")
     return [
@@ -261,18 +264,29 @@ def build(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else: name a folder that is empty or new")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
+    with _settings(), tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as unfinished:
+        family = Path(unfinished, "family")
+        _build(family, seed, recipe, progress)
+        if not _complete(folder):  # another process may have been faster
+            family.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """What the training needs of the process, given back as it was."""
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     # More threads slow down models this small, and their number may change the last digits.
     torch.set_num_threads(min(2, threads))
+    # A bar for each saved model would cut through ours.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as unfinished:
-            family = Path(unfinished, "family")
-            _build(family, seed, recipe, progress)
-            if not _complete(folder):  # another process may have been faster
-                family.rename(folder)
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_num_threads(threads)
-    return folder
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _complete(folder: Path) -> bool:
