@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import torch
 
 from dlf_ray import scheduler
@@ -27,6 +28,7 @@ from dlf_ray.messages import (
     Logits,
     Plan,
     Request,
+    SamplingParams,
     Timings,
 )
 from dlf_ray.sampling import sample, uniform
@@ -61,14 +63,15 @@ class Group:
     """The rows of a step that are fused alike, [R] of them."""
 
     fusion: FusionParams
-    sequences: list[Stream]
+    sequences: dict[Stream, int]
+    """How many of the rows are whose, in this order."""
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     """[R, V] of each model, as they arrive."""
     aims: Aims | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
-        return self.sequences[0].request.models
+        return next(iter(self.sequences)).request.models
 
     def take(self, model: str, logits: torch.Tensor) -> None:
         """One model's rows; the last small model's settle what the large one is to aim at."""
@@ -165,21 +168,32 @@ class Coordinator:
             with self._timed("weigh"):
                 fused = group.fuse()
             with self._timed("sample"):
-                tokens = self._sample(group, fused)
+                tokens, logprobs, greedy = self._decide(group, fused)
             with self._timed("commit"):
                 weights, kl = fused.weights.tolist(), fused.kl.tolist()
-                for row, sequence in enumerate(group.sequences):
+                end = 0
+                for sequence, count in group.sequences.items():
+                    rows, end = slice(end, end + count), end + count
                     if sequence not in failed:
-                        chunks.append(self._commit(sequence, tokens[row], weights[row], kl[row]))
+                        chunk = Chunk(
+                            id=sequence.request.id,
+                            token_ids=tuple(tokens[rows]),
+                            # Six digits are what float32 holds.
+                            weights=tuple(tuple(round(w, 6) for w in row) for row in weights[rows]),
+                            kl=tuple((f, g) for f, g in kl[rows]),
+                            logprobs=tuple(logprobs[rows]) if sequence.request.continuation else (),
+                            greedy=tuple(greedy[rows]) if sequence.request.continuation else (),
+                        )
+                        chunks.append((sequence.client, self._commit(sequence, chunk)))
         self.steps += 1
         return chunks
 
     def _groups(self, step: Step) -> list[Group]:
         groups: dict[FusionParams, Group] = {}
-        for sequence in step.ready:
+        for sequence, count in step.ready.items():
             assert isinstance(sequence, Stream)
             fusion = sequence.request.fusion
-            groups.setdefault(fusion, Group(fusion, [])).sequences.append(sequence)
+            groups.setdefault(fusion, Group(fusion, {})).sequences[sequence] = count
         return list(groups.values())
 
     def _take(
@@ -206,24 +220,42 @@ class Coordinator:
         for group in groups:
             if model in group.models:
                 rows = step.rows(model, group.sequences)
-                for row, sequence in zip(rows, group.sequences, strict=True):
+                owners = (s for s, count in group.sequences.items() for _ in range(count))
+                for row, sequence in zip(rows, owners, strict=True):
                     if not answer.finite[row]:
                         error = f"model {model!r} returned NaN or infinite logits"
                         failed.setdefault(sequence, error)
                 group.take(model, values if rows == list(range(len(values))) else values[rows])
 
-    def _sample(self, group: Group, fused: Fused) -> list[int]:
-        return sample(
-            fused.logits,
-            [sequence.request.sampling for sequence in group.sequences],
-            [uniform(s.seed, len(s.generated)) for s in group.sequences],
-        )
+    def _decide(self, group: Group, fused: Fused) -> tuple[list[int], list[float], list[bool]]:
+        """The token of each row, drawn or given; where any are given, their log-probabilities and
+        whether they are the most probable ones."""
+        params: list[SamplingParams] = []
+        draws: list[float] = []
+        given: list[int] = []  # -1 where a token is to be drawn
+        for sequence, count in group.sequences.items():
+            at = sequence.scored
+            given += sequence.request.continuation[at : at + count] or [-1]
+            params += [sequence.request.sampling] * count
+            draws += [uniform(sequence.seed, len(sequence.generated))] * count
+        if max(given) < 0:
+            return sample(fused.logits, params, draws), [], []
+        tokens = torch.tensor(given, device=fused.logits.device)[:, None]
+        logprobs = fused.logits.log_softmax(-1).gather(-1, tokens.clamp(min=0))[:, 0]
+        best = fused.logits.argmax(-1).tolist()
+        drawn = sample(fused.logits, params, draws)
+        chosen = [d if g < 0 else g for d, g in zip(drawn, given, strict=True)]
+        return chosen, logprobs.tolist(), [b == g for b, g in zip(best, given, strict=True)]
 
-    def _commit(
-        self, sequence: Stream, token: int, weights: list[float], kl: list[float]
-    ) -> tuple[str, Chunk]:
-        """Appends a token and says what it adds to the text and whether it ends the sequence."""
-        sampling = sequence.request.sampling
+    def _commit(self, sequence: Stream, chunk: Chunk) -> Chunk:
+        """Takes over what a step decided, with what it adds to the text and whether that ends."""
+        if continuation := sequence.request.continuation:
+            sequence.scored += len(chunk.token_ids)
+            if sequence.scored < len(continuation):
+                return chunk
+            self._remove(sequence)
+            return msgspec.structs.replace(chunk, finish_reason="length")
+        sampling, (token,) = sequence.request.sampling, chunk.token_ids
         sequence.generated.append(token)
         eos = token in self.limits.eos_token_ids and not sampling.ignore_eos
         text, ends = "", eos or token in sampling.stop_token_ids
@@ -235,14 +267,7 @@ class Coordinator:
         if reason is not None:
             text += sequence.text.end()
             self._remove(sequence)
-        return sequence.client, Chunk(
-            id=sequence.request.id,
-            text=text,
-            token_ids=(token,),
-            weights=(tuple(round(weight, 6) for weight in weights),),  # what float32 holds
-            kl=((kl[0], kl[1]),),
-            finish_reason=reason,
-        )
+        return msgspec.structs.replace(chunk, text=text, finish_reason=reason)
 
     def _fail(self, sequence: Stream, error: str) -> tuple[str, Chunk]:
         self._remove(sequence)

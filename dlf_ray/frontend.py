@@ -66,6 +66,10 @@ class Output:
     """The expert that weighed most, per token; None where the large model spoke for itself."""
     kl: list[tuple[float, float]] = field(default_factory=list)
     """KL(fused || large) and KL(large || fused) in nats, per token."""
+    logprobs: list[float] = field(default_factory=list)
+    """From `score`: the log-probability of each token under the fused distribution, in nats."""
+    greedy: list[bool] = field(default_factory=list)
+    """From `score`: whether each token is the most probable one."""
     finish_reason: FinishReason | None = None
     """`stop` (an end token or a stop string), `length`, `error`; None while more is to come."""
     error: str | None = None
@@ -76,6 +80,8 @@ class Output:
         self.text += chunk.text
         self.token_ids += chunk.token_ids
         self.kl += chunk.kl
+        self.logprobs += chunk.logprobs
+        self.greedy += chunk.greedy
         for weights in chunk.weights:
             named = dict(zip(experts, weights, strict=True))
             self.weights.append(named)
@@ -128,10 +134,33 @@ class BaseEngine(ABC):
         request that fails later has `finish_reason` "error" and says why, the others go on.
         """
         requests = self._requests(prompts, sampling, fusion)
+        return self._gather(requests, "generating", progress)
+
+    def score(
+        self,
+        prompts: Prompts | Sequence[Prompts],
+        continuations: Sequence[str | Sequence[int]],
+        *,
+        progress: bool = False,
+        **fusion: Unpack[FusionOptions],
+    ) -> list[Output]:
+        """The log-probability of each token of a continuation under the fused distribution.
+
+        One continuation for each prompt. A string is tokenized together with the prompt (of the
+        large model), as lm-evaluation-harness does: white space at the end of the prompt belongs to
+        the continuation, and what the tokens of both have beyond those of the prompt is scored.
+        Nothing is generated; rows of logits are computed a bounded number at a time.
+        Errors are those of `generate`.
+        """
+        requests = self._requests(prompts, None, fusion, continuations)
+        return self._gather(requests, "scoring", progress)
+
+    def _gather(self, requests: list[Request], what: str, progress: bool) -> list[Output]:
+        """Sends all requests and waits for all; their outputs in order."""
         outputs = {request.id: Output() for request in requests}
         mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         with self._open(requests, mailbox.put):
-            for _ in track(requests, "generating", disable=not progress):
+            for _ in track(requests, what, disable=not progress):
                 for chunk in iter(lambda: self._wait(mailbox), None):
                     outputs[chunk.id].add(chunk, requests[0].fusion.experts)
                     if chunk.finish_reason:
@@ -168,17 +197,31 @@ class BaseEngine(ABC):
         prompts: Prompts | Sequence[Prompts],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         fusion: FusionOptions,
+        continuations: Sequence[str | Sequence[int]] | None = None,
     ) -> list[Request]:
+        """All requests, checked. Raises `ValueError` that names the prompt where one is wrong."""
         many = _listed(prompts)
         params = resolve(self.family, fusion)
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(many)
-        if len(sampling) != len(many):
-            raise ValueError(f"{len(many)} prompts but {len(sampling)} sampling parameters")
+        for what, given in (("sampling parameters", sampling), ("continuations", continuations)):
+            if given is not None and len(given) != len(many):
+                raise ValueError(f"{len(many)} prompts but {len(given)} {what}")
         requests = []
         for number, (prompt, each) in enumerate(zip(many, sampling, strict=True)):
-            request = self._request(prompt, each, params)
             try:
+                shared, own = self._tokenized(prompt)
+                rest: tuple[int, ...] = ()
+                if continuations is not None:
+                    shared, own, rest = self._continued(prompt, shared, own, continuations[number])
+                request = Request(
+                    id=next(self._ids),
+                    prompt=shared,
+                    prompts=own,
+                    continuation=rest,
+                    sampling=each,
+                    fusion=params,
+                )
                 self.limits.check(request)
             except ValueError as error:
                 where = f"prompt {number}: " if len(many) > 1 else ""
@@ -186,18 +229,42 @@ class BaseEngine(ABC):
             requests.append(request)
         return requests
 
-    def _request(self, prompt: Prompts, sampling: SamplingParams, fusion: FusionParams) -> Request:
-        own = {}
-        if isinstance(prompt, Mapping):
-            if not prompt:
-                raise ValueError("a mapping of prompts needs at least one model's")
-            own = {name: self._encode(each) for name, each in prompt.items()}
-            shared = own.get(LARGE) or next(iter(own.values()))
+    def _tokenized(self, prompt: Prompts) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+        """The prompt of most models, and those of single ones."""
+        if not isinstance(prompt, Mapping):
+            return self._encode(prompt), {}
+        if not prompt:
+            raise ValueError("a mapping of prompts needs at least one model's")
+        own = {name: self._encode(each) for name, each in prompt.items()}
+        return own.get(LARGE) or next(iter(own.values())), own
+
+    def _continued(
+        self,
+        prompt: Prompts,
+        shared: tuple[int, ...],
+        own: dict[str, tuple[int, ...]],
+        continuation: str | Sequence[int],
+    ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], tuple[int, ...]]:
+        """Prompts and continuation as tokens; text is split where the tokens of the whole split."""
+        if not isinstance(continuation, str):
+            rest = tuple(continuation)
         else:
-            shared = self._encode(prompt)
-        return Request(
-            id=next(self._ids), prompt=shared, prompts=own, sampling=sampling, fusion=fusion
-        )
+            first = prompt
+            if isinstance(prompt, Mapping):
+                first = prompt.get(LARGE) or next(iter(prompt.values()))
+            if not isinstance(first, str):
+                raise ValueError("a prompt of token ids needs a continuation of token ids")
+            stripped = first.rstrip()
+            if not isinstance(prompt, Mapping):
+                shared = self._encode(stripped)
+            else:
+                texts = {n: e.rstrip() if isinstance(e, str) else e for n, e in prompt.items()}
+                shared, own = self._tokenized(texts)
+            whole = self._encode(stripped + first[len(stripped) :] + continuation)
+            rest = whole[len(shared) :]
+        if not rest:
+            raise ValueError("the continuation is empty: give at least one token to score")
+        return shared, own, rest
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)

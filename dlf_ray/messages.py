@@ -86,7 +86,9 @@ class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt: tuple[int, ...]
     prompts: dict[str, tuple[int, ...]] = {}
     """Prompts of single models where they differ from `prompt`."""
-    sampling: SamplingParams
+    continuation: tuple[int, ...] = ()
+    """Tokens to be scored after the prompt; without any, tokens are generated."""
+    sampling: SamplingParams = SamplingParams()
     fusion: FusionParams
 
     @property
@@ -117,6 +119,10 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """The weight of each of the request's experts, per token."""
     kl: tuple[tuple[float, float], ...] = ()
     """KL(fused || large) and KL(large || fused) in nats, per token."""
+    logprobs: tuple[float, ...] = ()
+    """Of a continuation: the log-probability of each token under the fused distribution."""
+    greedy: tuple[bool, ...] = ()
+    """Of a continuation: whether each token is the most probable one."""
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -289,12 +295,22 @@ class Limits:
                 raise ValueError(
                     "the prompt is empty; give at least one token (the model's BOS token, say)"
                 )
-            if len(tokens) >= self.lengths[name]:
+            if (
+                request.continuation
+                and len(tokens) + len(request.continuation) - 1 > (self.lengths[name])
+            ):
+                raise ValueError(
+                    f"prompt and continuation have {len(tokens) + len(request.continuation)} "
+                    f"tokens, of which model {name!r} takes {self.lengths[name]}; shorten the "
+                    "prompt or raise `engine.max_model_len`, if the model's context allows"
+                )
+            if not request.continuation and len(tokens) >= self.lengths[name]:
                 raise ValueError(
                     f"the prompt of model {name!r} has {len(tokens)} tokens, which leaves no room "
                     f"to answer in its {self.lengths[name]}; shorten it or raise "
                     "`engine.max_model_len`, if the model's context allows"
                 )
+            tokens = tokens + request.continuation
             if not 0 <= min(tokens) <= max(tokens) < self.vocab:
                 raise ValueError(f"a prompt token is outside the vocabulary of {self.vocab}")
 

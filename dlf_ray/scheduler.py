@@ -32,16 +32,26 @@ class Sequence:
     def __post_init__(self) -> None:
         self.computed = dict.fromkeys(self.request.models, 0)
 
+    scored: int = 0
+    """Tokens of the continuation that have their log-probability."""
+
+    @property
+    def tail(self) -> int:
+        """The last tokens that all models compute in the same steps, since their logits meet there:
+        the newest one while generating, those before the rest of a continuation while scoring."""
+        return len(self.request.continuation) - self.scored or 1
+
     def tokens(self, model: str, start: int, stop: int) -> list[int]:
         prompt = self.request.prompt_of(model)
+        after = self.request.continuation or self.generated
         if start >= len(prompt):
-            return self.generated[start - len(prompt) : stop - len(prompt)]
-        return [*prompt[start:stop], *self.generated[: max(0, stop - len(prompt))]]
+            return list(after[start - len(prompt) : stop - len(prompt)])
+        return [*prompt[start:stop], *after[: max(0, stop - len(prompt))]]
 
     def behind(self, model: str) -> int:
-        """Tokens that the model has not computed yet."""
-        length = len(self.request.prompt_of(model)) + len(self.generated)
-        return length - self.computed[model]
+        """Tokens that the model has not computed yet; the last of a continuation need not be."""
+        after = max(len(self.generated), len(self.request.continuation) - 1)
+        return len(self.request.prompt_of(model)) + after - self.computed[model]
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,17 @@ class Step:
 
     plans: dict[str, Plan]
     """For each model that has something to compute."""
-    ready: list[Sequence]
-    """The sequences whose next token this step decides."""
+    ready: dict[Sequence, int]
+    """The sequences whose logits meet in this step, and how many positions of each."""
 
     def rows(self, model: str, sequences: Iterable[Sequence]) -> list[int]:
         """Where the logits of `sequences` are among the rows of `model`."""
-        at = {id(s): row for row, s in enumerate(s for s in self.ready if model in s.computed)}
-        return [at[id(sequence)] for sequence in sequences]
+        at, begin = {}, 0
+        for sequence, count in self.ready.items():
+            if model in sequence.computed:
+                at[sequence] = range(begin, begin + count)
+                begin += count
+        return [row for sequence in sequences for row in at[sequence]]
 
 
 class Scheduler:
@@ -64,6 +78,8 @@ class Scheduler:
 
     def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_rows = max_num_seqs
+        """Rows of logits in a step: one for each running sequence, so scoring has to share."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(max_num_seqs))
@@ -88,33 +104,35 @@ class Scheduler:
         """The next step, which counts as computed from here on.
 
         Decoding sequences come first, so that a long prompt delays no running answer; what is left
-        of the budget goes to prompts in the order of their arrival. A sequence's last known token
-        is computed by all of its models in the same step, since all their logits meet there; until
-        the budget of every one of them allows it, they only catch up to the token before.
+        of the budget goes to prompts in the order of their arrival. The tail of a sequence is
+        computed by all of its models in the same steps; until the budget of every one of them
+        allows some of it, they only catch up to the token before.
         """
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
             sequence.slot = heapq.heappop(self._free)  # the lowest, to keep used slots together
             self.running.append(sequence)
         left: dict[str, int] = {}
+        rows = self.max_rows
         chunks: dict[str, list[tuple[Sequence, int, int]]] = {}
-        ready: list[Sequence] = []
-        decoding = [s for s in self.running if all(s.behind(m) == 1 for m in s.computed)]
-        known = set(map(id, decoding))
-        for sequence in (*decoding, *(s for s in self.running if id(s) not in known)):
-            todo = {model: sequence.behind(model) for model in sequence.computed}
-            budget = {model: left.get(model, self.max_num_batched_tokens) for model in todo}
-            whole = all(todo[model] <= budget[model] for model in todo)
-            for model in todo:
-                size = todo[model] if whole else min(todo[model] - 1, budget[model])
+        ready: dict[Sequence, int] = {}
+        # A stable sort: first those that all of their models have caught up with.
+        for sequence in sorted(self.running, key=lambda s: max(map(s.behind, s.computed)) > 1):
+            tail = sequence.tail
+            budget = {m: left.get(m, self.max_num_batched_tokens) for m in sequence.computed}
+            catch_up = {m: max(0, sequence.behind(m) - tail) for m in sequence.computed}
+            meet = min(tail, rows, *(budget[m] - catch_up[m] for m in budget))
+            for model in budget:
+                size = catch_up[model] + meet if meet > 0 else min(catch_up[model], budget[model])
                 if size:
-                    chunks.setdefault(model, []).append((sequence, size, int(whole)))
+                    chunks.setdefault(model, []).append((sequence, size, max(0, meet)))
                     left[model] = budget[model] - size
-            if whole:
-                ready.append(sequence)
+            if meet > 0:
+                ready[sequence] = meet
+                rows -= meet
         self._steps += 1
         # In the order of slots, so that a model finds the rows of a full batch in storage order.
-        ready.sort(key=lambda sequence: sequence.slot)
+        ready = dict(sorted(ready.items(), key=lambda item: item[0].slot))
         return Step({model: self._to_plan(model, part) for model, part in chunks.items()}, ready)
 
     def _to_plan(self, model: str, chunks: list[tuple[Sequence, int, int]]) -> Plan:

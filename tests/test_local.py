@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import EXPERTS, family_of
 from oracle import Oracle
@@ -139,6 +140,66 @@ def test_requests_of_different_kinds_share_a_batch(plain):
             tokens[chunk.id] += chunk.token_ids
             waiting -= chunk.finish_reason is not None
     assert list(tokens.values()) == [output.token_ids for output in expected]
+
+
+def naive_logprobs(oracle, prompts, continuation, **how):
+    """One position at a time, each fused by the reference."""
+    names = list(prompts)
+    every = [oracle.logits(name, prompts[name], continuation) for name in names]
+    rows = []
+    for at in range(len(continuation)):
+        large, base, *rest = (each[at].double() for each in every)
+        rows.append(reference.fuse(large, base, rest, **how).logprobs)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("how", [{}, {"select": "blend"}, {"rule": "static"}], ids=str)
+def test_a_fused_likelihood_is_the_oracles(engine, oracle, how):
+    """Long and short continuations, more rows than a step holds, among requests that generate."""
+    prompts = prompts_of(6, longest=90, seed=11)
+    rests = prompts_of(6, longest=40, seed=12)
+    outputs = engine.score(prompts, rests, **how)
+    for prompt, rest, output in zip(prompts, rests, outputs, strict=True):
+        shared = dict.fromkeys(("large", "base", *EXPERTS), prompt)
+        expected = naive_logprobs(oracle, shared, rest, **how)
+        assert output.token_ids == rest
+        chosen = expected[range(len(rest)), rest]
+        np.testing.assert_allclose(output.logprobs, chosen, atol=1e-4, rtol=1e-4)
+        assert output.greedy == (expected.argmax(-1) == torch.tensor(rest)).tolist()
+        assert (output.text, len(output.weights)) == ("", len(rest))
+
+
+def test_scoring_takes_a_prompt_per_model_too(engine, oracle):
+    long, short, rest = [9] * 50, [5, 6], [7, 8, 9]
+    own = {"large": long, "base": short, **dict.fromkeys(EXPERTS, short)}
+    (output,) = engine.score([own], [rest])
+    expected = naive_logprobs(oracle, own, rest)[range(3), rest]
+    np.testing.assert_allclose(output.logprobs, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_generated_greedily_scores_as_greedy(plain):
+    (made,) = plain.generate([5, 6], SamplingParams(max_tokens=20, ignore_eos=True))
+    (scored,) = plain.score([[5, 6]], [made.token_ids])
+    assert all(scored.greedy)
+    (other,) = plain.score([[5, 6]], [[1 + made.token_ids[0] % 200, *made.token_ids[1:]]])
+    assert not other.greedy[0]
+    assert other.logprobs[0] < scored.logprobs[0]
+
+
+def test_text_is_scored_where_prompt_and_continuation_meet(plain):
+    whole = plain.tokenizer.encode("Question: what is 12 times 7? Answer: 84")
+    split = len(plain.tokenizer.encode("Question: what is 12 times 7? Answer:"))
+    expected = plain.score([whole[:split]], [whole[split:]])
+    prompt = "Question: what is 12 times 7? Answer:"
+    assert plain.score([prompt], [" 84"]) == expected
+    assert plain.score([prompt + " "], ["84"]) == expected  # the space goes with the answer
+    with pytest.raises(ValueError, match="continuation is empty"):
+        plain.score([prompt], [""])
+    with pytest.raises(ValueError, match="1 prompts but 2 continuations"):
+        plain.score([prompt], [" 84", " 85"])
+    with pytest.raises(ValueError, match="max_model_len"):
+        plain.score([[5] * 200], [[5] * 60])
+    assert len(plain.score([[5] * 200], [[5] * 57])[0].logprobs) == 57
 
 
 def test_a_stream_adds_up_to_the_whole(plain):

@@ -15,11 +15,12 @@ FUSION = FusionParams(
 LARGE_ALONE = FusionParams(rule="grid", select="paper", step=0.1, experts=(), bounds=())
 
 
-def sequence(id, prompt, new=3, prompts=None, fusion=FUSION):
+def sequence(id, prompt, new=3, prompts=None, fusion=FUSION, continuation=()):
     request = Request(
         id=id,
         prompt=tuple(prompt),
         prompts=prompts or {},
+        continuation=tuple(continuation),
         sampling=SamplingParams(max_tokens=new),
         fusion=fusion,
     )
@@ -42,18 +43,23 @@ def drive(scheduler, seen, caches):
                 assert start <= len(cache)
                 cache[start:] = plan.tokens[at : at + length].tolist()
                 at += length
-            assert plan.rows == sum(model in s.computed for s in step.ready)
-        for s in step.ready:
+            assert plan.rows == sum(n for s, n in step.ready.items() if model in s.computed)
+            assert plan.rows <= scheduler.max_rows
+        for s, count in step.ready.items():
             for model in s.computed:
-                whole = [*s.request.prompt_of(model), *s.generated]
-                assert caches[model, s.slot] == whole
-            row = {m: step.rows(m, [s])[0] for m in s.computed}
-            for model, r in row.items():
-                wanted = np.flatnonzero(step.plans[model].wants)[r]
-                assert step.plans[model].slots[wanted] == s.slot
-        for s in step.ready:
-            s.generated.append(1000 + len(s.generated))
-            if len(s.generated) == s.room:
+                known = [*s.request.prompt_of(model), *(s.request.continuation or s.generated)]
+                end = len(s.request.prompt_of(model)) + s.scored + len(s.generated) - 1 + count
+                assert caches[model, s.slot] == known[:end]
+                wanted = np.repeat(step.plans[model].slots, step.plans[model].wants)
+                assert wanted[step.rows(model, [s])].tolist() == [s.slot] * count
+        for s, count in step.ready.items():
+            if s.request.continuation:
+                s.scored += count
+                done = s.scored == len(s.request.continuation)
+            else:
+                s.generated.append(1000 + len(s.generated))
+                done = len(s.generated) == s.room
+            if done:
                 seen.append(s.request.id)
                 scheduler.remove(s)
     return steps
@@ -71,7 +77,9 @@ def test_every_token_is_computed_once_and_in_order(lengths, slots, budget):
         fusion = LARGE_ALONE if id % 3 == 2 else FUSION
         prompts = {"base": range(100, 100 + base)} if fusion is FUSION else {}
         prompts = {name: tuple(tokens) for name, tokens in prompts.items()}
-        scheduler.add(sequence(id, range(large), new=1 + id % 4, prompts=prompts, fusion=fusion))
+        rest = range(500, 500 + large) if id % 4 == 1 else ()  # some are scored, not generated
+        made = sequence(id, range(large), 1 + id % 4, prompts, fusion, rest)
+        scheduler.add(made)
     seen = []
     drive(scheduler, seen, {})
     assert sorted(seen) == list(range(len(lengths)))
@@ -114,7 +122,7 @@ def test_aborts_free_slots_whether_running_or_waiting():
     scheduler.plan()
     scheduler.remove(second)
     scheduler.remove(first)
-    assert scheduler.plan().ready == [third]
+    assert list(scheduler.plan().ready) == [third]
 
 
 @given(st.lists(st.tuples(st.integers(0, 63), st.integers(0, 9), st.integers(1, 5)), max_size=8))
