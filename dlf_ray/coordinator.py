@@ -270,13 +270,13 @@ class Coordinator:
         return msgspec.structs.replace(chunk, text=text, finish_reason=reason)
 
     def _fail(self, sequence: Stream, error: str) -> tuple[str, Chunk]:
-        self._remove(sequence)
+        self._remove(sequence, failed=True)
         chunk = Chunk(id=sequence.request.id, finish_reason="error", error=error)
         return sequence.client, chunk
 
-    def _remove(self, sequence: Stream) -> None:
+    def _remove(self, sequence: Stream, *, failed: bool = False) -> None:
         del self.sequences[sequence.client, sequence.request.id]
-        self.scheduler.remove(sequence)
+        self.scheduler.remove(sequence, failed=failed)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

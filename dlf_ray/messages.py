@@ -11,7 +11,7 @@ Two kinds of traffic, neither of them pickled:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -172,6 +172,9 @@ class Plan:
     `starts[i]` never exceeds what the slot has already computed: 0 begins a new sequence in the
     slot, less than computed rolls back. So a plan is a diff by itself: each token travels to each
     model once, and a model that lost its state is served by starting at 0 again.
+
+    Where `sources[i]` is a slot, that one's first `starts[i]` positions, as they are before this
+    step, are copied to slot `slots[i]` first: sequences that begin alike are computed once.
     """
 
     step: int
@@ -181,8 +184,10 @@ class Plan:
     wants: Ints
     tokens: Ints
     """All chunks one after the other, [sum(lengths)]."""
+    sources: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    """A slot or -1 for each chunk, or nothing at all if there is nothing to copy."""
 
-    HEADER = struct.Struct("<4sQII")
+    HEADER = struct.Struct("<4sQIII")
     MAGIC = b"dlfP"
 
     @property
@@ -191,8 +196,9 @@ class Plan:
         return int(self.wants.sum())
 
     def to_bytes(self) -> bytes:
-        header = self.HEADER.pack(self.MAGIC, self.step, len(self.slots), len(self.tokens))
-        arrays = (self.slots, self.starts, self.lengths, self.wants, self.tokens)
+        sizes = len(self.slots), len(self.tokens), len(self.sources)
+        header = self.HEADER.pack(self.MAGIC, self.step, *sizes)
+        arrays = (self.slots, self.starts, self.lengths, self.wants, self.tokens, self.sources)
         return header + np.concatenate(arrays).astype("<i4", copy=False).tobytes()
 
     @classmethod
@@ -200,12 +206,13 @@ class Plan:
         """Raises `ValueError` where `data` is not a plan."""
         if len(data) < cls.HEADER.size:
             raise ValueError("a plan shorter than its header")
-        magic, step, n, m = cls.HEADER.unpack_from(data)
-        if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + m):
+        magic, step, n, m, k = cls.HEADER.unpack_from(data)
+        if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + m + k):
             raise ValueError("not a plan, or one of another length than its header says")
         body = np.frombuffer(data, dtype="<i4", offset=cls.HEADER.size)
         slots, starts, lengths, wants = body[: 4 * n].reshape(4, n)
-        return cls(step, slots, starts, lengths, wants, body[4 * n :])
+        tokens, sources = body[4 * n : 4 * n + m], body[4 * n + m :]
+        return cls(step, slots, starts, lengths, wants, tokens, sources)
 
 
 @dataclass(frozen=True)

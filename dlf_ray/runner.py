@@ -84,9 +84,14 @@ class Runner:
         firsts = np.cumsum(plan.lengths) - plan.lengths
         chunks = np.stack([plan.slots, plan.starts, plan.lengths, plan.wants, firsts]).astype(int)
         slots, starts, lengths, wants, _ = chunks
+        copied = _sources(plan)
         # A masked position weighs zero, which is not enough where it holds a NaN: what a former
         # sequence left in a slot must not reach the next.
-        self._cache.clear(slots[(starts == 0) & self._written[slots]])
+        fresh = (starts == 0) | (copied != slots)
+        self._cache.take_over(
+            [(a, b, n) for a, b, n in zip(copied, slots, starts, strict=True) if n and a != b],
+            clear=slots[fresh & self._written[slots]],
+        )
         self._written[slots] = True
         # Should a pass fail half way, what it may have overwritten counts as not computed.
         self._computed[slots] = starts
@@ -115,10 +120,13 @@ class Runner:
             raise ValueError(f"slots {slots} are not all within 0..{len(self._computed) - 1}")
         if np.bincount(slots).max() > 1:
             raise ValueError(f"slots {slots} name a slot twice")
-        if starts.min() < 0 or (starts > self._computed[slots]).any():
+        if len(plan.sources) not in (0, len(slots)) or (plan.sources >= len(self._computed)).any():
+            raise ValueError(f"sources {plan.sources} are not a slot or -1 for each of {slots}")
+        copied = _sources(plan)
+        if starts.min() < 0 or (starts > self._computed[copied]).any():
             raise ValueError(
-                f"starts {starts} go beyond what slots {slots} have computed, "
-                f"{self._computed[slots]}: start at 0 to compute a sequence anew"
+                f"starts {starts} go beyond what slots {copied} have computed, "
+                f"{self._computed[copied]}: start at 0 to compute a sequence anew"
             )
         if (starts + lengths).max() > self._length:
             raise ValueError(f"a sequence exceeds the {self._length} positions of {self._name}")
@@ -295,11 +303,18 @@ class SlotCache(Cache):
         """Says where the next pass reads and writes."""
         self._rows = {rows.slots.device: rows}
 
-    def clear(self, slots: Indices) -> None:
-        """Forgets what the slots hold."""
-        for held in self._storage.values() if len(slots) else ():
-            inside = torch.from_numpy(slots[slots < len(held)])
+    def take_over(self, copies: list[tuple[int, int, int]], *, clear: Indices) -> None:
+        """Forgets what some slots hold; then copies the first n positions of slot a to slot b, for
+        each (a, b, n), from what a held before."""
+        slots = max((b for _, b, _ in copies), default=-1) + 1
+        for key, held in self._storage.items() if copies or len(clear) else ():
+            taken = [held[a, :, :n].clone() for a, _, n in copies]
+            inside = torch.from_numpy(clear[clear < len(held)])
             held.index_fill_(0, inside.to(held.device), 0)
+            if slots > len(held):
+                held = self._storage[key] = self._grown(held, held, (slots, held.shape[2]))
+            for (_, b, n), what in zip(copies, taken, strict=True):
+                held[b, :, :n] = what
 
     def update(
         self,
@@ -341,6 +356,13 @@ class SlotCache(Cache):
         if held is not None:
             grown[: old[0], :, : old[1]] = held
         return grown
+
+
+def _sources(plan: Plan) -> Indices:
+    """For each chunk the slot that holds what comes before it, most often its own."""
+    if not len(plan.sources):
+        return plan.slots.astype(int)
+    return np.where(plan.sources < 0, plan.slots, plan.sources).astype(int)
 
 
 def _groups(lengths: Indices) -> list[Indices]:

@@ -2,6 +2,10 @@
 
 There are no prefill and decode phases: in each model a sequence has a number of computed positions
 that must catch up with its tokens. A prompt is many tokens behind, a decoding sequence one.
+
+Sequences that begin alike (few-shot examples, the choices of one question) share what is computed:
+a slot remembers its tokens after its sequence has ended, and a new sequence starts from a copy of
+the longest beginning that any slot holds. While that is still being computed, it waits.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dlf_ray.messages import Plan, Request
+
+WORTH_SHARING = 16
+"""Tokens that are worth a copy."""
 
 
 @dataclass(eq=False)
@@ -32,6 +39,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.computed = dict.fromkeys(self.request.models, 0)
 
+    sources: dict[str, Sequence] = field(default_factory=dict)
+    """For each model that is to start from a copy: whose, until that is planned."""
     scored: int = 0
     """Tokens of the continuation that have their log-probability."""
 
@@ -83,6 +92,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(max_num_seqs))
+        self._last: dict[int, Sequence] = {}
+        """Whose tokens each slot holds, running or ended."""
         self._steps = 0
 
     @property
@@ -92,13 +103,16 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence, whether it is finished, failed or no longer wanted."""
+    def remove(self, sequence: Sequence, *, failed: bool = False) -> None:
+        """Forgets a sequence that has ended or is not wanted; after a failure, its slot's content
+        too."""
         if sequence.slot < 0:
             self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            heapq.heappush(self._free, sequence.slot)
+            return
+        self.running.remove(sequence)
+        heapq.heappush(self._free, sequence.slot)
+        if failed:
+            del self._last[sequence.slot]
 
     def plan(self) -> Step:
         """The next step, which counts as computed from here on.
@@ -108,10 +122,8 @@ class Scheduler:
         computed by all of its models in the same steps; until the budget of every one of them
         allows some of it, they only catch up to the token before.
         """
-        while self.waiting and self._free:
-            sequence = self.waiting.popleft()
-            sequence.slot = heapq.heappop(self._free)  # the lowest, to keep used slots together
-            self.running.append(sequence)
+        self._forget_lost_sources()
+        self._admit()
         left: dict[str, int] = {}
         rows = self.max_rows
         chunks: dict[str, list[tuple[Sequence, int, int]]] = {}
@@ -135,11 +147,61 @@ class Scheduler:
         ready = dict(sorted(ready.items(), key=lambda item: item[0].slot))
         return Step({model: self._to_plan(model, part) for model, part in chunks.items()}, ready)
 
+    def _forget_lost_sources(self) -> None:
+        """A copy that found no room in its step's budget is off once its source is overwritten."""
+        for sequence in self.running:
+            for model, source in list(sequence.sources.items()):
+                if self._last.get(source.slot) is not source:
+                    del sequence.sources[model]
+                    sequence.computed[model] = 0
+
+    def _admit(self) -> None:
+        """Gives slots to waiting sequences, but to those not yet whose beginning is under way."""
+        later = []
+        for _ in range(min(len(self._free), len(self.waiting))):
+            sequence = self.waiting.popleft()
+            if not self._share(sequence):
+                later.append(sequence)
+                continue
+            sequence.slot = heapq.heappop(self._free)  # the lowest, to keep used slots together
+            self._last[sequence.slot] = sequence
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(later))
+
+    def _share(self, sequence: Sequence) -> bool:
+        """Lets a sequence start from the longest beginnings that slots hold; False if a running one
+        is about to have more of it."""
+        starts = dict.fromkeys(sequence.computed, 0)
+        coming = dict(starts)
+        for other in self._last.values():
+            alike: dict[tuple[object, object], int] = {}
+            for model in starts:
+                if model not in other.computed:
+                    continue
+                prompts = sequence.request.prompt_of(model), other.request.prompt_of(model)
+                key = id(prompts[0]), id(prompts[1])  # mostly one prompt for all models
+                if key not in alike:
+                    alike[key] = _common(*prompts)
+                most = min(alike[key], sequence.behind(model) - sequence.tail)
+                # What another is itself still to copy is not there yet.
+                have = 0 if model in other.sources else min(most, other.computed[model])
+                if have >= WORTH_SHARING and have > starts[model]:
+                    starts[model], sequence.sources[model] = have, other
+                if other in self.running:
+                    coming[model] = max(coming[model], most)
+        if any(coming[model] >= starts[model] + WORTH_SHARING for model in starts):
+            sequence.sources.clear()
+            return False
+        sequence.computed.update(starts)
+        return True
+
     def _to_plan(self, model: str, chunks: list[tuple[Sequence, int, int]]) -> Plan:
         chunks.sort(key=lambda chunk: chunk[0].slot)
         tokens: list[int] = []
-        starts = []
+        starts, sources = [], []
         for sequence, size, _ in chunks:
+            source = sequence.sources.pop(model, None)
+            sources.append(source.slot if source else -1)
             start = sequence.computed[model]
             starts.append(start)
             tokens += sequence.tokens(model, start, start + size)
@@ -151,7 +213,20 @@ class Scheduler:
             lengths=_ints([size for _, size, _ in chunks]),
             wants=_ints([want for _, _, want in chunks]),
             tokens=_ints(tokens),
+            sources=_ints(sources if max(sources) >= 0 else []),
         )
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens two prompts have in common at their beginning."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    low, high = 0, size  # bisection: comparing whole slices is fast, a loop over tokens is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
 
 
 def _ints(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -142,6 +142,16 @@ def test_requests_of_different_kinds_share_a_batch(plain):
     assert list(tokens.values()) == [output.token_ids for output in expected]
 
 
+def test_shared_beginnings_change_nothing(engine, oracle):
+    """Few-shot prompts: the examples are copied between slots, the answers are the oracle's."""
+    examples = prompts_of(2, longest=120, seed=21)[1]
+    prompts = [[*examples, *rest] for rest in prompts_of(12, longest=20, seed=22)]
+    for _ in range(2):  # the second time everything is there already
+        outputs = engine.generate(prompts, params_of(12))
+        for prompt, output in zip(prompts, outputs, strict=True):
+            oracle.check(prompt, output, EXPERTS)
+
+
 def naive_logprobs(oracle, prompts, continuation, **how):
     """One position at a time, each fused by the reference."""
     names = list(prompts)
@@ -189,10 +199,13 @@ def test_what_was_generated_greedily_scores_as_greedy(plain):
 def test_text_is_scored_where_prompt_and_continuation_meet(plain):
     whole = plain.tokenizer.encode("Question: what is 12 times 7? Answer: 84")
     split = len(plain.tokenizer.encode("Question: what is 12 times 7? Answer:"))
-    expected = plain.score([whole[:split]], [whole[split:]])
+    (expected,) = plain.score([whole[:split]], [whole[split:]])
     prompt = "Question: what is 12 times 7? Answer:"
-    assert plain.score([prompt], [" 84"]) == expected
-    assert plain.score([prompt + " "], ["84"]) == expected  # the space goes with the answer
+    # In the second form the space at the end of the prompt goes with the answer.
+    for first, second in ((prompt, " 84"), (prompt + " ", "84")):
+        (output,) = plain.score([first], [second])
+        assert output.token_ids == expected.token_ids
+        np.testing.assert_allclose(output.logprobs, expected.logprobs, atol=1e-4)
     with pytest.raises(ValueError, match="continuation is empty"):
         plain.score([prompt], [""])
     with pytest.raises(ValueError, match="1 prompts but 2 continuations"):

@@ -27,8 +27,9 @@ def sequence(id, prompt, new=3, prompts=None, fusion=FUSION, continuation=()):
     return Sequence(request, room=new)
 
 
-def drive(scheduler, seen, caches):
+def drive(scheduler, seen, caches, shared=None):
     """Runs to the end; the models' caches are dicts of token lists, checked like a real one."""
+    shared = [] if shared is None else shared
     steps = 0
     while scheduler.has_work:
         step = scheduler.plan()
@@ -38,8 +39,15 @@ def drive(scheduler, seen, caches):
             assert plan.lengths.sum() <= scheduler.max_num_batched_tokens
             assert len(set(plan.slots.tolist())) == len(plan.slots)
             at = 0
-            for slot, start, length in zip(plan.slots, plan.starts, plan.lengths, strict=True):
-                cache = caches.setdefault((model, int(slot)), [])
+            before = {slot: list(cache) for (name, slot), cache in caches.items() if name == model}
+            sources = plan.sources if len(plan.sources) else [-1] * len(plan.slots)
+            columns = (plan.slots.tolist(), plan.starts, plan.lengths, sources)
+            for slot, start, length, source in zip(*columns, strict=True):
+                if source >= 0:
+                    assert start <= len(before[source])
+                    caches[model, slot] = before[source][:start]
+                    shared.append(int(start))
+                cache = caches.setdefault((model, slot), [])
                 assert start <= len(cache)
                 cache[start:] = plan.tokens[at : at + length].tolist()
                 at += length
@@ -66,7 +74,7 @@ def drive(scheduler, seen, caches):
 
 
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12),
     slots=st.integers(1, 5),
     budget=st.integers(5, 40),
 )
@@ -78,11 +86,46 @@ def test_every_token_is_computed_once_and_in_order(lengths, slots, budget):
         prompts = {"base": range(100, 100 + base)} if fusion is FUSION else {}
         prompts = {name: tuple(tokens) for name, tokens in prompts.items()}
         rest = range(500, 500 + large) if id % 4 == 1 else ()  # some are scored, not generated
+        # All begin alike, for as long as they are.
         made = sequence(id, range(large), 1 + id % 4, prompts, fusion, rest)
         scheduler.add(made)
     seen = []
     drive(scheduler, seen, {})
     assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_what_begins_alike_is_computed_once():
+    """Twenty questions after the same examples: the examples once, then copies."""
+    scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=64)
+    examples = list(range(100))
+    for id in range(20):
+        rest = [900 + id] if id % 2 else ()
+        scheduler.add(sequence(id, [*examples, 200 + id, 7], continuation=rest))
+    computed, seen, shared = [], [], []
+    plan = scheduler.plan
+
+    def counted():
+        step = plan()
+        computed.append(step.plans["large"].lengths.sum())
+        return step
+
+    scheduler.plan = counted
+    drive(scheduler, seen, {}, shared)
+    assert sorted(seen) == list(range(20))
+    assert sum(computed) <= 100 + 20 * 5
+    assert set(shared) == {100}
+
+
+def test_a_copy_that_missed_its_budget_is_not_taken_from_somebody_else():
+    """The source's slot goes to another sequence before there was room to copy from it."""
+    scheduler = Scheduler(max_num_seqs=3, max_num_batched_tokens=3)
+    scheduler.add(sequence(0, range(40), new=1))
+    drive(scheduler, [], caches := {})
+    for id, prompt in enumerate([range(50, 90), [*range(40), 1], range(60, 99)], start=1):
+        scheduler.add(sequence(id, prompt, new=2))
+    seen = []
+    drive(scheduler, seen, caches)
+    assert sorted(seen) == [1, 2, 3]
 
 
 def test_first_come_first_served():
@@ -129,10 +172,11 @@ def test_aborts_free_slots_whether_running_or_waiting():
 def test_plans_survive_the_wire(chunks):
     columns = np.array(chunks, dtype=np.int32).reshape(len(chunks), 3).T
     tokens = np.arange(columns[2].sum(), dtype=np.int32)
-    plan = Plan(2**40, *columns, (columns[2] > 2).astype(np.int32), tokens)
+    sources = columns[0] - 1 if len(chunks) % 2 else np.empty(0, dtype=np.int32)
+    plan = Plan(2**40, *columns, (columns[2] > 2).astype(np.int32), tokens, sources)
     again = Plan.from_bytes(plan.to_bytes())
     assert again.step == plan.step
-    for name in ("slots", "starts", "lengths", "wants", "tokens"):
+    for name in ("slots", "starts", "lengths", "wants", "tokens", "sources"):
         np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
 
 
