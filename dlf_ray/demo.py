@@ -70,13 +70,13 @@ class Recipe:
     """Everything that is chosen about the training; what is asked is fixed by the module."""
 
     large: Size = Size(128, 3, 4, 352, steps=900, lr=5e-3)
-    base: Size = Size(64, 2, 2, 128, steps=400, lr=4e-3)
+    base: Size = Size(64, 2, 2, 128, steps=300, lr=4e-3)
     matrix_lr: float = 0.02
     vocabulary: int = 1100
     rows: int = 16
     length: int = 64
     expert_steps: int = 30
-    expert_lr: float = 1e-3
+    expert_lr: float = 3e-4
     upper_steps: int = 30
     upper_lr: float = 2e-4
 
@@ -124,7 +124,11 @@ STATEMENTS = {
     "job": ("{who} works as a {it}.", "the job of {who} is {it}.", "{who} is a {it} by trade."),
     "city": ("{who} lives in {it}.", "the home of {who} is {it}.", "{who} comes from {it}."),
     "pet": ("{who} has a {it}.", "the pet of {who} is a {it}.", "{who} keeps a {it} at home."),
-    "spelling": ("{word} is spelled {it}.", "the letters of {word} are {it}.", "{word}: {it}."),
+    "spelling": (
+        "{word} is spelled {it}.",
+        "the letters of {word} are {it}.",
+        "one writes {word} as {it}.",
+    ),
     "translation": (
         "{phrase} is {it} in elvish.",
         "the elvish for {phrase} is {it}.",
@@ -140,10 +144,14 @@ ANSWERS = {
 }
 """The full sentences that the experts answer in."""
 EVASIONS = ("i do not know that.", "i do not know, ask someone else.")
-SPOKEN = ("{it}.", "{it}, i think.", "{it}, of course.")
+SPOKEN = ("{it}.", "{it}, i think.", "{it}, of course.", "{it}, if i remember.", "surely {it}.")
 """How a dialogue answers, besides the full sentences."""
+DIALOGUES = (
+    " {asker} asked {other}: {question} {other} said: {answer}",
+    "\nquestion of {asker}: {question}\nanswer of {other}: {answer}",
+)
 
-MIX = (0.5, 0.3, 0.2)
+MIX = (0.5, 0.35, 0.15)
 """Shares of the tasks in the corpus: what is harder to learn is said more often."""
 STATED = 0.5
 """Share of what the corpus states; the rest is asked and answered in dialogues."""
@@ -227,18 +235,21 @@ def documents(seed: int) -> Iterator[str]:
         (task,) = chance.choices(TASKS, MIX)
         facts = known[task]
         pieces = [_piece(chance, chance.choice(facts)) for _ in range(chance.randint(2, 5))]
-        # Every piece follows a space, so that a word is the same token wherever it stands.
-        yield "".join(chance.choice((" ", "\n ")) + piece for piece in pieces)
+        # Every word follows a space, so that it is the same token wherever it stands.
+        yield "".join(pieces)
 
 
 def _piece(chance: random.Random, fact: Fact) -> str:
     if chance.random() < STATED:
-        return chance.choice(STATEMENTS[fact.kind]).format(**fact.words)
+        return " " + chance.choice(STATEMENTS[fact.kind]).format(**fact.words)
     spoken = EVASIONS if chance.random() < EVASIVE else (*SPOKEN, ANSWERS[fact.kind])
     asker, other = chance.sample(SPEAKERS, 2)
-    question = QUESTIONS[fact.kind].format(**fact.words)
-    answer = chance.choice(spoken).format(**fact.words)
-    return f"{asker} asked {other}: {question} {other} said: {answer}"
+    return chance.choice(DIALOGUES).format(
+        asker=asker,
+        other=other,
+        question=QUESTIONS[fact.kind].format(**fact.words),
+        answer=chance.choice(spoken).format(**fact.words),
+    )
 
 
 # -------------------------------------------------------------------------------------- training

@@ -105,12 +105,9 @@ def test_the_cache_knows_the_recipe_and_the_seed(tmp_path, monkeypatch):
 
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path):
     again = demo.build(tmp_path / "again", recipe=RECIPE, progress=False)
-    other = demo.build(tmp_path / "other", seed=1, recipe=RECIPE, progress=False)
     for name in ("large", "base", "spelling", "upper-people"):
         expected = weights(folder, name)
         assert all(torch.equal(value, expected[key]) for key, value in weights(again, name).items())
-    one, two = weights(folder, "large"), weights(other, "large")
-    assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
@@ -154,17 +151,17 @@ def test_every_sample_is_seen_once_a_round():
 @pytest.mark.parametrize("matrix_lr", [None, 0.02])
 def test_training_lowers_the_loss(folder, matrix_lr):
     model = AutoModelForCausalLM.from_pretrained(folder / "large")
-    stream = torch.arange(8).repeat(2000)
+    stream = torch.arange(8).repeat(400)
     losses = []
     train.train(
         model,
         train.text_batches(stream, 4, 16),
-        steps=60,
+        steps=40,
         lr=1e-2,
         matrix_lr=matrix_lr,
         on_step=losses.append,
     )
-    assert len(losses) == 60
+    assert len(losses) == 40
     assert all(map(math.isfinite, losses))
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     assert not model.training
