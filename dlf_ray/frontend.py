@@ -60,6 +60,8 @@ class Output:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    """The text that each token completed; together `text`."""
     weights: list[dict[str, float]] = field(default_factory=list)
     """The weight of every expert that took part, per token."""
     experts: list[str | None] = field(default_factory=list)
@@ -79,6 +81,7 @@ class Output:
         """Appends what one step brought."""
         self.text += chunk.text
         self.token_ids += chunk.token_ids
+        self.pieces += [chunk.text] if chunk.token_ids and not chunk.logprobs else []
         self.kl += chunk.kl
         self.logprobs += chunk.logprobs
         self.greedy += chunk.greedy
@@ -136,6 +139,15 @@ class BaseEngine(ABC):
         requests = self._requests(prompts, sampling, fusion)
         return self._gather(requests, "generating", progress)
 
+    def generate_as_completed(
+        self,
+        prompts: Sequence[Prompts],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fusion: Unpack[FusionOptions],
+    ) -> Iterator[tuple[int, Output]]:
+        """Like `generate`, but yields each prompt's number and output as soon as it has ended."""
+        return self._as_completed(self._requests(prompts, sampling, fusion))
+
     def score(
         self,
         prompts: Prompts | Sequence[Prompts],
@@ -155,17 +167,44 @@ class BaseEngine(ABC):
         requests = self._requests(prompts, None, fusion, continuations)
         return self._gather(requests, "scoring", progress)
 
+    def score_as_completed(
+        self,
+        prompts: Sequence[Prompts],
+        continuations: Sequence[str | Sequence[int]],
+        **fusion: Unpack[FusionOptions],
+    ) -> Iterator[tuple[int, Output]]:
+        """Like `score`, but yields each prompt's number and output as soon as it has ended."""
+        return self._as_completed(self._requests(prompts, None, fusion, continuations))
+
+    def tokenize_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, split where those of `prompt` alone end (see `score`)."""
+        stripped = prompt.rstrip()
+        first = self._encode(stripped)
+        whole = self._encode(prompt + continuation)
+        return list(first), list(whole[len(first) :])
+
     def _gather(self, requests: list[Request], what: str, progress: bool) -> list[Output]:
         """Sends all requests and waits for all; their outputs in order."""
-        outputs = {request.id: Output() for request in requests}
+        outputs: dict[int, Output] = {}
+        done = self._as_completed(requests)
+        for number, output in track(done, what, total=len(requests), disable=not progress):
+            outputs[number] = output
+        return [outputs[number] for number in range(len(requests))]
+
+    def _as_completed(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
+        """Sends all requests; yields the number and the output of each one as it ends."""
+        numbers = {request.id: number for number, request in enumerate(requests)}
+        outputs = [Output() for _ in requests]
         mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         with self._open(requests, mailbox.put):
-            for _ in track(requests, what, disable=not progress):
-                for chunk in iter(lambda: self._wait(mailbox), None):
-                    outputs[chunk.id].add(chunk, requests[0].fusion.experts)
-                    if chunk.finish_reason:
-                        break  # one more request is done
-        return list(outputs.values())
+            left = len(requests)
+            while left:
+                chunk = self._wait(mailbox)
+                number = numbers[chunk.id]
+                outputs[number].add(chunk, requests[number].fusion.experts)
+                if chunk.finish_reason:
+                    left -= 1
+                    yield number, outputs[number]
 
     def stream(
         self,
@@ -248,20 +287,17 @@ class BaseEngine(ABC):
         """Prompts and continuation as tokens; text is split where the tokens of the whole split."""
         if not isinstance(continuation, str):
             rest = tuple(continuation)
+        elif isinstance(prompt, str):
+            one, two = self.tokenize_pair(prompt, continuation)
+            shared, rest = tuple(one), tuple(two)
+        elif isinstance(prompt, Mapping) and all(isinstance(p, str) for p in prompt.values()):
+            texts = {name: str(text) for name, text in prompt.items()}
+            pairs = {n: self.tokenize_pair(text, continuation) for n, text in texts.items()}
+            own = {name: tuple(one) for name, (one, _) in pairs.items()}
+            shared = own.get(LARGE) or next(iter(own.values()))
+            rest = tuple((pairs.get(LARGE) or next(iter(pairs.values())))[1])
         else:
-            first = prompt
-            if isinstance(prompt, Mapping):
-                first = prompt.get(LARGE) or next(iter(prompt.values()))
-            if not isinstance(first, str):
-                raise ValueError("a prompt of token ids needs a continuation of token ids")
-            stripped = first.rstrip()
-            if not isinstance(prompt, Mapping):
-                shared = self._encode(stripped)
-            else:
-                texts = {n: e.rstrip() if isinstance(e, str) else e for n, e in prompt.items()}
-                shared, own = self._tokenized(texts)
-            whole = self._encode(stripped + first[len(stripped) :] + continuation)
-            rest = whole[len(shared) :]
+            raise ValueError("a prompt of token ids needs a continuation of token ids")
         if not rest:
             raise ValueError("the continuation is empty: give at least one token to score")
         return shared, own, rest
