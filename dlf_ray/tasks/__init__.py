@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dlf_ray.tasks.arc import ARC_CHALLENGE, ARC_EASY
+from dlf_ray.tasks.cnn_dailymail import CNN_DAILYMAIL
 from dlf_ray.tasks.common import (
     Averages,
     Choice,
@@ -14,8 +16,12 @@ from dlf_ray.tasks.common import (
     Task,
     averages,
 )
+from dlf_ray.tasks.commonsenseqa import COMMONSENSEQA
 from dlf_ray.tasks.gsm8k import GSM8K
+from dlf_ray.tasks.mmlu import MMLU
 from dlf_ray.tasks.own import METRICS, own_task
+from dlf_ray.tasks.svamp import SVAMP
+from dlf_ray.tasks.triviaqa import TRIVIAQA
 from dlf_ray.tasks.truthfulqa import TRUTHFULQA, TRUTHFULQA_LETTERS
 
 __all__ = [
@@ -39,6 +45,13 @@ TASKS: Mapping[str, Task] = {
         GSM8K,
         TRUTHFULQA,
         TRUTHFULQA_LETTERS,
+        TRIVIAQA,
+        CNN_DAILYMAIL,
+        MMLU,
+        ARC_EASY,
+        ARC_CHALLENGE,
+        SVAMP,
+        COMMONSENSEQA,
     )
 }
 
