@@ -1,4 +1,4 @@
-"""ARC, easy and challenge (Clark et al. 2018): science questions, scored by the choices' likelihood.
+"""ARC, easy and challenge (Clark et al. 2018): science questions, by the likelihood of each choice.
 
 As in the harness, the choices are not in the prompt: each is scored as its continuation.
 """
