@@ -16,7 +16,7 @@ the problem is right here; it moves the score by at most one item."""
 
 def build(row: Row) -> Item:
     """Body and question read on, as in Kojima et al. 2022."""
-    id, published = row.text("ID"), f"{float(row['Answer']):g}"
+    id, published = row.text("ID"), f"{float(row['Answer']):.15g}"
     answer = CORRECTED.get(id, published)
     return Item(
         id=id,
