@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dlf_ray.config import LARGE, Family, ModelSpec, Rule, Select
-from dlf_ray.evaluate import (
-    METHODS,
-    SELECTS,
-    Item,
-    Score,
-    evaluate,
-    method_options,
-    read_items,
-)
+from dlf_ray.config import Family, Rule, Select
+from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
 from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
 from dlf_ray.messages import SamplingParams
+from dlf_ray.results import UPPER_BOUND, read, summary
+from dlf_ray.tasks import METRICS
 
 app = typer.Typer(
     help="Dynamic Logits Fusion: steer a large language model with small fine-tuned experts.",
@@ -31,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)  # a log has room for a table
 COLOURS = ("green", "magenta", "cyan", "yellow", "blue", "red")
 """Of the experts, in the order of the family; text of the large model stays as it is."""
 
@@ -41,6 +38,20 @@ FamilyFile = Annotated[
 Local = Annotated[
     bool, typer.Option("--local", help="Run in this process, without Ray: small models, one GPU.")
 ]
+ShotsFor = Literal["large", "all"]
+Overflow = Literal["truncate", "skip"]
+DEMO_METHODS = (
+    "large",
+    "base",
+    "expert:{task}",
+    "static@{task}",
+    "dynamic@{task}",
+    "static",
+    "dynamic:paper",
+    "dynamic:strongest",
+    "dynamic:blend",
+)
+"""One expert (the task's, `@`) or all of them, the task unknown."""
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
 
@@ -141,114 +152,138 @@ def _legend(pieces: Sequence[Output], colours: Mapping[str, str]) -> None:
     console.print("; ".join([*parts, f"large model alone {carried.count(None)}"]), highlight=False)
 
 
-@app.command("evaluate")
-def evaluate_command(
+@app.command()
+def evaluate(
     family: FamilyFile,
-    data: Annotated[Path, typer.Argument(help='JSONL: {"prompt": ..., "answer": ...} a line.')],
-    methods: Annotated[str, typer.Option(help=f"By commas, of: {METHODS}.")] = "large,base,dynamic",
-    experts: Annotated[
-        str | None, typer.Option(help="Which take part in fusion, by commas; all if not given.")
+    task: Annotated[str | None, typer.Option(help="Benchmarks, by commas.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Local file or folder, or Hugging Face data set.")
     ] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help='For own data, over its columns: "Q: {question}\nA:".')
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"For own data: {', '.join(METRICS)}.")] = (
+        "exact_match"
+    ),
+    methods: Annotated[
+        str, typer.Option(help=f"By commas: {METHODS}.")
+    ] = "large,base,static,dynamic",
+    shots: Annotated[int, typer.Option(help="Examples before each item.", min=0)] = 0,
+    shots_for: Annotated[ShotsFor, typer.Option(help="Whose prompt holds them.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only so many items.", min=1)] = None,
-    max_tokens: MaxTokens = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; the task's own if not given.", min=1)
+    ] = None,
+    upper_bound: Annotated[
+        str | None, typer.Option(help="The large model, fine-tuned, to compare with.")
+    ] = None,
+    on_overflow: Annotated[
+        Overflow, typer.Option(help="What happens to prompts longer than the context.")
+    ] = "truncate",
+    output: Annotated[
+        Path | None, typer.Option(help="Keep the results in this folder, and go on from there.")
+    ] = None,
     local: Local = False,
 ) -> None:
-    """Compare methods on prompts with known answers, by strict exact match."""
-    with _errors():
-        loaded = Family.from_yaml(family)
-        items = read_items(data, limit)
-        named = None if experts is None else _names(experts)
-        plans = {name: method_options(name, loaded, named) for name in _names(methods)}
-        if not plans:
-            raise ValueError(f"--methods names none; there are {METHODS}")
-        table = Table("method", "exact match", "95% interval", "items", "tokens/s")
-        with _engine(loaded, local) as engine:
-            for name, options in plans.items():
-                console.print(f"{name}:", style="dim")
-                score = evaluate(engine, items, options, max_tokens=max_tokens, progress=True)
-                table.add_row(
-                    name,
-                    f"{score.percent:.1f}",
-                    _interval(score),
-                    str(score.items),
-                    f"{score.tokens / score.seconds:.0f}",
+    """Compare methods on benchmarks or own data: one table, a row per method."""
+    with _errors(), tempfile.TemporaryDirectory() as unkept:
+        names: list[str | None] = [*_names(task)] if task else [None]
+        experiment = Experiment(
+            family=str(family),
+            tasks=tuple(
+                TaskSpec(
+                    task=name,
+                    data=data,
+                    prompt_template=prompt_template,
+                    metric=metric,
+                    shots=shots,
+                    limit=limit,
+                    max_tokens=max_tokens,
                 )
-        console.print(table)
+                for name in names
+            ),
+            methods=tuple(_names(methods)),
+            output=str(output or unkept),
+            shots_for=shots_for,
+            upper_bound=upper_bound,
+            on_overflow=on_overflow,
+        )
+        run(experiment, lambda chosen: _engine(chosen, local), log=_log)
+        console.print(_table(experiment.output, experiment.methods))
 
 
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Of corpus and training.")] = 0,
     limit: Annotated[int, typer.Option(help="Items per task.", min=1)] = 300,
+    output: Annotated[Path | None, typer.Option(help="Keep the results in this folder.")] = None,
     local: Local = False,
 ) -> None:
     """Train a tiny family (once, cached), decode fused over Ray, print what each method gets."""
     from dlf_ray import demo as family_demo  # imports transformers, so only where it is used
 
-    with _errors():
+    with _errors(), tempfile.TemporaryDirectory() as unkept:
         began = time.perf_counter()
-        folder = family_demo.build(seed=seed, progress=True)
+        folder = family_demo.build(seed=seed)
         trained = time.perf_counter() - began
-        family = Family.from_yaml(folder / "family.yaml")
-        tasks = family_demo.TASKS
-        items = {task: read_items(folder / f"{task}-test.jsonl", limit) for task in tasks}
-        rows: list[tuple[str, Callable[[str], FusionOptions]]] = [
-            ("large alone", lambda task: method_options("large", family)),
-            ("base alone", lambda task: method_options("base", family)),
-            ("expert alone", lambda task: method_options(f"expert:{task}", family)),
-            ("static, the task's expert", lambda task: method_options("static", family, [task])),
-            ("dynamic, the task's expert", lambda task: method_options("dynamic", family, [task])),
-            *(
-                (
-                    f"dynamic, all experts: {select}",
-                    lambda task, select=select: method_options(f"dynamic:{select}", family),
-                )
-                for select in SELECTS
+        experiment = Experiment(
+            family=str(folder / "family.yaml"),
+            tasks=tuple(
+                TaskSpec(name=task, data=f"{folder}/{task}-test.jsonl", limit=limit, max_tokens=32)
+                for task in family_demo.TASKS
             ),
-        ]
-        table = Table("method", *tasks, "average", title=f"exact match, {limit} items a task")
-        with _engine(family, local) as engine, console.status("decoding") as status:
-            for label, options in rows:
-                status.update(f"decoding: {label}")
-                scores = [evaluate(engine, items[task], options(task)) for task in tasks]
-                table.add_row(label, *_cells(scores))
-        with console.status("decoding: upper bound"):
-            scores = [_upper_bound(family, folder / f"upper-{task}", items[task]) for task in tasks]
-        table.add_section()
-        table.add_row("large, fine-tuned", *_cells(scores))
-        console.print(table)
+            methods=DEMO_METHODS,
+            upper_bound="upper-{task}",
+            output=str(output or unkept),
+        )
+        # The upper bounds are single models: they need no actors.
+        run(experiment, lambda f: _engine(f, local or not f.experts), log=_log)
+        console.print(_table(experiment.output, DEMO_METHODS))
         decoded = time.perf_counter() - began - trained
         console.print(
-            f"training {trained:.0f} s (cached in {folder}), decoding {decoded:.0f} s; "
-            "brackets: 95% Wilson intervals"
+            f"training {trained:.0f} s (cached in {folder}), decoding {decoded:.0f} s",
+            highlight=False,
+            soft_wrap=True,
         )
+        prompt = family_demo.items(family_demo.TASKS[0], "test", seed)[0].prompt
         console.print(
             f"next: dlf generate {folder / 'family.yaml'} --show-weights "
-            f"--prompt {items[tasks[0]][0].prompt!r}",
+            f"--prompt $'{prompt.encode('unicode_escape').decode()}'",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _upper_bound(family: Family, folder: Path, items: Sequence[Item]) -> Score:
-    """The large model after full fine-tuning on the task, by itself."""
-    from dlf_ray.local import LocalEngine
-
-    alone = Family(
-        large=ModelSpec(model=str(folder)), base=family.base, experts={}, engine=family.engine
-    )
-    with LocalEngine(alone) as engine:
-        return evaluate(engine, items, {"alone": LARGE})
+def _log(line: str) -> None:
+    console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _cells(scores: Sequence[Score]) -> list[str]:
-    average = sum(score.percent for score in scores) / len(scores)
-    return [*(f"{s.percent:.1f} {_interval(s)}" for s in scores), f"{average:.1f}"]
-
-
-def _interval(score: Score) -> str:
-    low, high = score.interval
-    return f"({low:.0f}-{high:.0f})"
+def _table(folder: str, methods: Sequence[str]) -> Table:
+    """A row per method, the mean and 95% interval of every task's first metric, and an average."""
+    rows = {(row.task, row.method): row for row in summary(read(folder))}
+    tasks = list(dict.fromkeys(task for task, _ in rows))
+    metrics = {task: next(iter(row.scores)) for (task, _), row in rows.items() if row.scores}
+    items = max(row.items for row in rows.values())
+    table = Table(title=f"percent of {items} items, 95% intervals", box=box.SIMPLE)
+    for title in ("method", *(f"{t}\n{metrics.get(t, '')}" for t in tasks), "average", "tokens/s"):
+        table.add_column(title, no_wrap=True)
+    for method in (*methods, UPPER_BOUND):
+        found = [rows[task, method] for task in tasks if (task, method) in rows]
+        if not found:
+            continue
+        scores = [row.scores.get(metrics.get(row.task, "")) for row in found]
+        means = [100 * score.mean for score in scores if score]
+        seconds = sum(row.seconds for row in found)
+        table.add_row(
+            method,
+            *(
+                f"{100 * s.mean:.1f} ({100 * s.low:.0f}-{100 * s.high:.0f})" if s else "-"
+                for s in scores
+            ),
+            f"{sum(means) / len(means):.1f}" if means else "-",
+            f"{sum(row.tokens for row in found) / seconds:.0f}" if seconds else "-",
+        )
+    return table
 
 
 @app.command("bench")
@@ -268,12 +303,13 @@ def bench_command(
     table = Table(
         "experts",
         "rows",
-        "exchange ms",
-        "step ms",
-        "of it fusion ms",
+        "exchange\nms",
+        "step\nms",
+        "fusion\nin it, ms",
         "steps/s",
-        "step / exchange",
-        "without fusion",
+        "step /\nexchange",
+        "step without\nfusion / exchange",
+        box=box.SIMPLE,
         title=f"vocabulary {vocab}, medians of {rounds} rounds of {steps} steps",
     )
     with _errors():

@@ -87,7 +87,7 @@ class Fusion(_Section, frozen=True):
     @classmethod
     def checked(cls, **values: object) -> Fusion:
         """From values of unknown types; errors as in `Family.from_dict`."""
-        return _converted(values, cls)
+        return converted(values, cls)
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 2:
@@ -169,13 +169,7 @@ class Family(_Section, frozen=True):
         family: the message names the place and lists what is valid there.
         """
         path = Path(path)
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no family file at {path}") from None
-        except yaml.YAMLError as error:
-            hint = " (indent with spaces, not tabs)" if "\\t" in str(error) else ""
-            raise ValueError(f"{path} is not valid YAML{hint}: {error}") from None
+        raw = read_yaml(path)
         try:
             family = cls.from_dict(raw)
         except ValueError as error:
@@ -185,7 +179,7 @@ class Family(_Section, frozen=True):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Family:
         """A family from nested mappings, as YAML or JSON give them; errors as in `from_yaml`."""
-        return _converted(raw, cls)
+        return converted(raw, cls)
 
     def _resolved(self, folder: Path) -> Family:
         def resolve(spec: Any) -> Any:
@@ -205,10 +199,21 @@ class Family(_Section, frozen=True):
         )
 
 
+def read_yaml(path: Path) -> Any:
+    """Raises `FileNotFoundError` and `ValueError` that name the file."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file: {path}") from None
+    except yaml.YAMLError as error:
+        hint = " (indent with spaces, not tabs)" if "\\t" in str(error) else ""
+        raise ValueError(f"{path} is not valid YAML{hint}: {error}") from None
+
+
 _T = TypeVar("_T")
 
 
-def _converted(raw: object, cls: type[_T]) -> _T:
+def converted(raw: object, cls: type[_T]) -> _T:
     """`raw` as `cls`; the `ValueError` lists valid keys or values, msgspec's names the place."""
     try:
         return msgspec.convert(raw, cls)

@@ -52,7 +52,8 @@ def test_evaluate_prints_a_row_per_method(file, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": w, "answer": w}) + "\n" for w in "abc"))
     methods = "large,base,expert:math,static,dynamic:blend"
-    shown = dlf("evaluate", file, data, "--methods", methods, "--local", "--max-tokens", 4)
+    words = ("--methods", methods, "--local", "--max-tokens", 4)
+    shown = dlf("evaluate", file, "--data", data, *words)
     assert shown.exit_code == 0, shown.output
     for method in methods.split(","):
         assert f"{method} " in shown.output
@@ -61,12 +62,13 @@ def test_evaluate_prints_a_row_per_method(file, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "nowhere.yaml", "--prompt", "x"], "no family file at nowhere.yaml"),
+        (["generate", "nowhere.yaml", "--prompt", "x"], "no such file: nowhere.yaml"),
         (["generate", "FILE", "--prompt", "", "--local"], "prompt is empty"),
         (["generate", "FILE", "--prompt", "x", "--experts", "chess", "--local"], "chess"),
         (["generate", "FILE", "--prompt", "x", "--top-p", "2", "--local"], "top_p"),
-        (["evaluate", "FILE", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["evaluate", "FILE", "FILE", "--methods", "huge"], "line 1"),
+        (["evaluate", "FILE", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["evaluate", "FILE", "--task", "chess"], "gsm8k"),
+        (["evaluate", "FILE", "--data", "FILE"], "yaml"),
     ],
     ids=str,
 )
@@ -81,10 +83,11 @@ def test_bench_measures_engine_and_exchange(ray_cluster):
     sizes = ("--experts", 1, "--rows", "1,2", "--vocab", 100, "--steps", 5, "--rounds", 1)
     shown = dlf("bench", *sizes)
     assert shown.exit_code == 0, shown.output
-    rows = [line for line in shown.output.splitlines() if line.startswith("│ 1 ")]
+    cells = [line.split() for line in shown.output.splitlines()]
+    rows = [row for row in cells if len(row) == 8 and row[0] == "1"]
     assert len(rows) == 2
     for row in rows:
-        _, _, exchange, step, fusion, rate, *_ = (float(x) for x in row.strip("│").split("│"))
+        _, _, exchange, step, fusion, rate, *_ = map(float, row)
         assert exchange > 0
         assert 0 < fusion < step
         assert rate == pytest.approx(1000 / step, rel=0.2)

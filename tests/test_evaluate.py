@@ -1,30 +1,47 @@
-"""Scores, intervals, methods and data files of an evaluation."""
+"""Methods side by side: what methods stand for, what is scored, and what survives a kill."""
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
+import yaml
 from conftest import EXPERTS, family_of
 
-from dlf_ray import LocalEngine, Output, SamplingParams
-from dlf_ray.evaluate import Item, Score, evaluate, exact_match, method_options, read_items
+from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray.evaluate import Experiment, TaskSpec, answers, method_options, run
+from dlf_ray.results import read, summary
+from dlf_ray.tasks import own_task
+
+METHODS = ("large", "base", "expert:math", "static:0.5", "dynamic", "dynamic:blend@math+prose")
 
 
-def test_exact_match_is_strict():
-    item = Item("question:", " the sum is 4.")
-    assert exact_match(Output(text=" the sum is 4.\n", finish_reason="stop"), item)
-    assert not exact_match(Output(text="the sum is 4. so", finish_reason="stop"), item)
-    assert not exact_match(Output(text="The sum is 4.", finish_reason="stop"), item)
-    # Right so far, but it did not end by itself.
-    assert not exact_match(Output(text="the sum is 4.", finish_reason="length"), item)
+@pytest.fixture(scope="module")
+def engine(folder):
+    with LocalEngine(family_of(folder)) as made:
+        yield made
 
 
-@pytest.mark.parametrize(
-    ("right", "items", "low", "high"),
-    [(0, 10, 0.0, 27.8), (10, 10, 72.2, 100.0), (5, 10, 23.7, 76.3), (150, 300, 44.4, 55.6)],
-)
-def test_the_interval_is_wilsons(right, items, low, high):
-    """Against values of R's `prop.test(right, items, correct=FALSE)`."""
-    assert Score(right, items).interval == pytest.approx((low, high), abs=0.06)
+@pytest.fixture(scope="module")
+def family_file(folder):
+    path = folder / "evaluated.yaml"
+    family = {name: {"model": name} for name in ("large", "base")}
+    family["experts"] = {name: {"model": name} for name in EXPERTS}
+    # One sequence at a time: then runs that were cut differently agree to the last bit, and a token
+    # whose logit ties with another's to five digits cannot fall either way.
+    engine = {"max_model_len": 256, "max_num_seqs": 1}
+    path.write_text(yaml.safe_dump({**family, "engine": engine}, sort_keys=False))
+    return path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def test_methods_stand_for_what_they_say(folder):
@@ -36,41 +53,196 @@ def test_methods_stand_for_what_they_say(folder):
     experts = list(EXPERTS)
     static = {"rule": "static", "experts": experts, "weights": weights}
     assert method_options("static:0.5", family) == static
-    assert method_options("dynamic", family, ["math"]) == {"rule": "grid", "experts": ["math"]}
-    blend = {"rule": "grid", "select": "blend", "experts": experts}
-    assert method_options("dynamic:blend", family) == blend
+    assert method_options("dynamic@math", family) == {"rule": "grid", "experts": ["math"]}
+    blend = {"rule": "grid", "select": "blend", "experts": ["math", "prose"]}
+    assert method_options("dynamic:blend@math+prose", family) == blend
 
 
-@pytest.mark.parametrize("method", ["huge", "expert:", "expert:chess", "dynamic:x", "static:x", ""])
+@pytest.mark.parametrize(
+    "method",
+    ["huge", "expert:", "expert:chess", "dynamic:x", "static:x", "", "large@math", "dynamic@chess"],
+)
 def test_an_unknown_method_lists_the_known_ones(folder, method):
-    with pytest.raises(ValueError, match=r"expert:NAME.*facts|not a number"):
+    with pytest.raises(ValueError, match=r"facts|not a number"):
         method_options(method, family_of(folder))
 
 
-def test_scores_are_those_of_the_outputs(folder):
-    """Items whose answers are what the model says, and one that it does not say."""
-    with LocalEngine(family_of(folder)) as engine:
-        sampling = SamplingParams(max_tokens=8)
-        words = [f"question {i}:" for i in range(12)]
-        outputs = engine.generate(words, sampling)
-        items = [Item(w, o.text) for w, o in zip(words, outputs, strict=True)]
-        expected = sum(output.finish_reason == "stop" for output in outputs)
-        score = evaluate(engine, items, {}, max_tokens=8)
-        assert (score.right, score.items) == (expected, 12)
-        assert score.tokens == sum(len(output.token_ids) for output in outputs)
-        wrong = [Item(item.prompt, item.answer + "?") for item in items]
-        assert evaluate(engine, wrong, {}, max_tokens=8).right == 0
+def test_generated_answers_are_scored_strictly(engine, tmp_path):
+    """Items whose answers are what the model says, and the same with a letter too many."""
+    words = [f"question {i}:" for i in range(12)]
+    outputs = engine.generate(words, SamplingParams(max_tokens=8))
+    rows = [{"prompt": w, "answer": o.text or "x"} for w, o in zip(words, outputs, strict=True)]
+    expected = sum(o.finish_reason == "stop" and bool(o.text.strip()) for o in outputs)
+    for extra, right in (("", expected), ("?", 0)):
+        path = tmp_path / "own.jsonl"
+        task = own_task(write(path, [{**r, "answer": r["answer"] + extra} for r in rows]))
+        items = task.load(path).items
+        found = list(answers(engine, task, items, {}, max_tokens=8))
+        assert sum(answer.scores["exact_match"] for answer in found) == right
+        assert {a.item.id: a.output.text for a in found} == {
+            item.id: output.text for item, output in zip(items, outputs, strict=True)
+        }
 
 
-def test_data_files(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"prompt": "a", "answer": "b", "more": 1}\n\n{"prompt": "c", "answer": "d"}\n')
-    assert read_items(file) == [Item("a", "b"), Item("c", "d")]
-    assert read_items(file, 1) == [Item("a", "b")]
-    for line in ("{", json.dumps({"prompt": "a"}), json.dumps({"prompt": "a", "answer": 4}), "[]"):
-        file.write_text('{"prompt": "a", "answer": "b"}\n' + line)
-        with pytest.raises(ValueError, match="line 2"):
-            read_items(file)
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="no items"):
-        read_items(file)
+def test_choices_are_judged_by_their_fused_likelihood(engine, tmp_path):
+    rows = [
+        {"prompt": f"Question {i}. Answer:", "choices": ["yes", "no", "perhaps so"], "answer": "no"}
+        for i in range(5)
+    ]
+    path = tmp_path / "own.jsonl"
+    task = own_task(write(path, rows), metric="multiple_choice")
+    items = task.load(path).items
+    for answer in answers(engine, task, items, {"select": "blend"}):
+        prompts = [answer.item.prompt] * 3
+        outputs = engine.score(prompts, answer.item.choices, select="blend")
+        expected = [sum(output.logprobs) for output in outputs]
+        found = [choice.logprob for choice in answer.response.choices]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert answer.scores["acc"] == float(np.argmax(expected) == 1)
+
+
+def test_examples_may_be_for_the_large_model_only(engine, tmp_path):
+    path = tmp_path / "own.jsonl"
+    task = own_task(write(path, [{"prompt": "Question: 2? Answer:", "answer": "x"}]))
+    (item,) = task.load(path).items
+    item = dataclasses.replace(item, shots="Question: 1? Answer: one\n\n")
+    own = {"large": item.full_prompt, **dict.fromkeys(("base", *EXPERTS), item.prompt)}
+    for shots_for, prompt in (("large", own), ("all", item.full_prompt)):
+        (answer,) = answers(engine, task, [item], {}, max_tokens=6, shots_for=shots_for)
+        (expected,) = engine.generate(prompt, SamplingParams(max_tokens=6))
+        assert answer.output.token_ids == expected.token_ids
+
+
+def test_prompts_longer_than_the_context_are_cut_or_left_out(engine, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": "word " * 400 + "end:", "answer": "x"}, {"prompt": "short:", "answer": "x"}]
+    task = own_task(write(path, rows))
+    items = task.load(path).items
+    cut = {a.item.id: a for a in answers(engine, task, items, {}, max_tokens=6)}
+    ids = engine.tokenizer.encode(items[0].prompt)[-(256 - 6) :]
+    (expected,) = engine.generate([ids], SamplingParams(max_tokens=6))
+    assert cut[items[0].id].output.token_ids == expected.token_ids
+    left = {
+        a.item.id: a for a in answers(engine, task, items, {}, max_tokens=6, on_overflow="skip")
+    }
+    assert "skipped" in left[items[0].id].output.error
+    assert left[items[1].id].scores
+
+
+def experiment(family_file, tmp_path, **changes):
+    path = tmp_path / "items.jsonl"
+    rows = [{"id": i, "prompt": f"Question {i}:", "answer": "yes"} for i in range(10)]
+    values = {
+        "family": str(family_file),
+        "tasks": (TaskSpec(data=write(path, rows), max_tokens=6),),
+        "methods": METHODS,
+        "output": str(tmp_path / "results"),
+    }
+    return Experiment(**{**values, **changes})
+
+
+def comparable(folder):
+    """All columns but clocks, as rows."""
+    return read(folder).drop_columns(["seconds"]).to_pylist()
+
+
+def test_a_run_leaves_a_row_for_every_item_and_method(family_file, tmp_path):
+    lines = []
+    made = experiment(family_file, tmp_path, upper_bound="base")
+    run(made, LocalEngine, log=lines.append)
+    rows = summary(read(made.output))
+    assert {row.method: row.items for row in rows} == dict.fromkeys((*METHODS, "upper-bound"), 10)
+    by_method = {row["method"]: row for row in comparable(made.output)}
+    assert by_method["dynamic"]["expert_names"] == list(EXPERTS)
+    assert by_method["upper-bound"]["text"] == by_method["base"]["text"]
+    assert len(lines) == len(METHODS) + 1  # quick ones are logged once, at their end
+    # A second run has nothing to do: not even an engine is started.
+    run(made, None, log=lines.append)
+
+
+def test_shards_make_the_whole(family_file, tmp_path):
+    whole = experiment(family_file, tmp_path)
+    run(whole, LocalEngine, log=lambda _: None)
+    parts = experiment(family_file, tmp_path, output=str(tmp_path / "parts"))
+    for number in range(3):
+        run(parts, LocalEngine, log=lambda _: None, shard=(number, 3))
+    key = ("item", "method", "token_ids", "scores")
+    pick = lambda rows: [[row[k] for k in key] for row in rows]  # noqa: E731
+    assert pick(comparable(parts.output)) == pick(comparable(whole.output))
+
+
+def test_another_configuration_is_refused_with_the_difference(family_file, tmp_path):
+    made = experiment(family_file, tmp_path, methods=("large",))
+    run(made, LocalEngine, log=lambda _: None)
+    with pytest.raises(ValueError, match="methods"):
+        run(experiment(family_file, tmp_path, methods=("base",)), LocalEngine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("huge",)}, "huge.*dynamic"),
+        ({"methods": ()}, "at least one"),
+        ({"tasks": (TaskSpec(task="chess"),)}, "chess.*gsm8k"),
+        ({"tasks": (TaskSpec(),)}, "benchmark"),
+        ({"tasks": (TaskSpec(task="gsm8k", metric="rouge"),)}, "own data"),
+        ({"tasks": (TaskSpec(task="gsm8k", data="/nowhere/at/all"),)}, "/nowhere/at/all"),
+    ],
+    ids=str,
+)
+def test_mistakes_show_before_an_engine_starts(family_file, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(experiment(family_file, tmp_path, **changes), None)
+
+
+def test_experiment_files(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    good = {"family": "x.yaml", "tasks": [{"task": "gsm8k"}], "output": "~/there"}
+    file.write_text(yaml.safe_dump(good))
+    assert Experiment.from_yaml(file).output == os.path.expanduser("~/there")
+    file.write_text(yaml.safe_dump({**good, "method": ["large"]}))
+    with pytest.raises(ValueError, match=r"experiment\.yaml.*`method`.*methods"):
+        Experiment.from_yaml(file)
+    file.write_text(yaml.safe_dump({**good, "tasks": [{"tsk": "gsm8k"}]}))
+    with pytest.raises(ValueError, match=r"`tsk`.*task"):
+        Experiment.from_yaml(file)
+
+
+SCRIPT = """
+import sys
+from dlf_ray import LocalEngine
+from dlf_ray import results
+from dlf_ray.evaluate import Experiment, run
+results.FLUSH_ROWS = 3
+run(Experiment.from_yaml(sys.argv[1]), LocalEngine, log=lambda line: print(line, flush=True))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_results(family_file, tmp_path):
+    """SIGKILL at several moments, each time a little later; then to the end."""
+    whole = experiment(family_file, tmp_path, output=str(tmp_path / "whole"))
+    run(whole, LocalEngine, log=lambda _: None)
+    file = tmp_path / "experiment.yaml"
+    output = tmp_path / "killed"
+    raw = {
+        "family": str(family_file),
+        "tasks": [{"data": str(tmp_path / "items.jsonl"), "max_tokens": 6}],
+        "methods": list(METHODS),
+        "output": str(output),
+    }
+    file.write_text(yaml.safe_dump(raw))
+    counts = []
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(file)])
+        before = len(list(output.glob("part-*")))
+        deadline = time.monotonic() + 60
+        while len(list(output.glob("part-*"))) < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        counts.append(len(read(output)))
+    assert counts == sorted(set(counts)), "every run adds to what was there"
+    assert counts[-1] < 10 * len(METHODS), "the last kill came before the end"
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(file)], timeout=60, check=False)
+    assert done.returncode == 0
+    assert comparable(output) == comparable(whole.output)
