@@ -325,6 +325,24 @@ def test_gsm8k_scores(text, answer, flexible, strict, proxy):
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "flexible", "strict", "proxy"),
+    [
+        ("I pay $2, not 3,500.", "3,500.", gsm8k.INVALID, "3500"),
+        ("half is .5", ".5", gsm8k.INVALID, ".5"),
+        ("#### -1,5.\n#### 2", "2", "-1,5.", "2"),
+        ("it is -4", "-4", gsm8k.INVALID, "4"),
+        ("nine", gsm8k.INVALID, gsm8k.INVALID, "nine"),
+    ],
+)
+def test_gsm8k_extraction(text, flexible, strict, proxy):
+    assert (gsm8k.flexible(text), gsm8k.strict(text), gsm8k.proxy(text)) == (
+        flexible,
+        strict,
+        proxy,
+    )
+
+
 # TruthfulQA
 
 
@@ -485,6 +503,9 @@ def test_accuracy_by_likelihood_and_per_character():
     assert common.accuracy(item, judged(-3.0, -6.0)) == {"acc": 0, "acc_norm": 1}
     assert common.accuracy(item, judged(-6.0, -3.0)) == {"acc": 1, "acc_norm": 1}
     assert common.likeliest(item, judged(-6.0, -3.0)) == "a very long rope"
+    # The space that begins a choice is not part of its length.
+    item = Item("x", "p", choices=(" a", " bb"), correct=(1,))
+    assert common.accuracy(item, judged(-1.0, -1.8)) == {"acc": 0, "acc_norm": 1}
 
 
 def test_averages_over_items_groups_and_their_means():
@@ -598,7 +619,10 @@ def test_own_choices(tmp_path, answer):
 
 def test_own_choices_in_csv_are_json(tmp_path):
     file = tmp_path / "x.csv"
-    file.write_text('prompt,options,answer\nIs it?,"[""no"", ""yes""]",yes\nIs it?,no or yes,no\n')
+    file.write_text(
+        '\ufeffprompt,options,answer\nIs it?,"[""no"", ""yes""]",yes\nIs it?,no or yes,no\n',
+        "utf-8",
+    )
     loaded = own_task(file, metric="multiple_choice", choices="options").load()
     assert loaded.items[0].choices == (" no", " yes")
     assert loaded.skipped == [("x.csv:3", "column 'options' is not a JSON list: 'no or yes'")]
