@@ -122,7 +122,7 @@ class Results:
             table = pa.Table.from_batches(self._rows, SCHEMA)
             # The time first, so that sorting by name is sorting by age.
             name = f"part-{time.time_ns():020d}-{uuid.uuid4().hex}.parquet"
-            with _Appearing(self.folder / name) as file:
+            with Appearing(self.folder / name) as file:
                 pq.write_table(table, file, compression="zstd")
             self._rows = []
         self._flushed = time.monotonic()
@@ -206,7 +206,7 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self.tokens / self.seconds if self.seconds else None
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 def summary(table: pa.Table) -> list[Row]:
@@ -375,7 +375,7 @@ def _rank(parents: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- files
 
 
-class _Appearing:
+class Appearing:
     """A file that is there completely or not at all, whenever the machine stops."""
 
     def __init__(self, path: Path, publish: Callable[[Path, Path], object] = os.replace) -> None:
@@ -419,7 +419,7 @@ def _claim(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds results but no run.json that says what they are")
     try:
         # Whether or not it is needed: a folder that cannot be written is found out at once.
-        with _Appearing(path, _create) as file:
+        with Appearing(path, _create) as file:
             file.write(text.encode() + b"\n")
     except FileExistsError:
         there, here = _flat(read_config(folder)), _flat(json.loads(text))
