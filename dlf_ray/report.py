@@ -8,11 +8,12 @@ Only sums and a handful of answers go into the page, so that its size does not g
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,16 @@ class Item:
     answers: list[Answer]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Task:
     name: str
     about: str
     details: Table
     groups: Table | None
-    panels: list[Panel] = field(default_factory=list)
-    constant: list[str] = field(default_factory=list)
+    panels: list[Panel]
+    constant: list[str]
     """Methods whose weights never change, in words."""
-    items: list[Item] = field(default_factory=list)
+    items: list[Item]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Page:
     """What should be the same in all rows and is not."""
     config: str
     scores: Table
-    has_bound: bool
+    closes_gap: bool
     experts: list[str]
     tasks: list[Task]
 
@@ -179,29 +180,27 @@ class Page:
 def _page(title: str, table: pa.Table, config: dict[str, Any]) -> Page:
     rows = summary(table)
     scale = Scale(table)
-    tasks = {row.task: [each for each in rows if each.task == row.task] for row in rows}
+    tasks: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: _rank(row.method)):
+        tasks.setdefault(row.task, []).append(row)
+    tasks = dict(sorted(tasks.items()))
     experts = _experts(table)
-    pages = {name: _task(name, own, experts, scale) for name, own in tasks.items()}
-    parts: dict[str, list[tuple[str, pa.Table]]] = {name: [] for name in tasks}
-    for task, method, part in by_method(table):
-        parts[task].append((method, part))
     limit = max(40, min(TOKENS, ALL_TOKENS // (ANSWERS * len(rows))))
-    for name, page in pages.items():
-        own = sorted(parts[name], key=lambda each: _rank(each[0]))
-        versions = _distinct(pa.concat_tables([part for _, part in own])["task_version"])
-        page.about = f"version {', '.join(versions)}" if versions else ""
-        page.panels, page.constant = _panels(own, experts)
-        page.items = _items(own, tasks[name], scale, limit)
+    pages = []
+    for name, parts in itertools.groupby(by_method(table), key=lambda each: each[0]):
+        own = sorted(((m, part) for _, m, part in parts), key=lambda each: _rank(each[0]))
+        pages.append(_task(name, tasks[name], own, experts, scale, limit))
     facts, mixed = _provenance(table)
+    scores = _scores(tasks, scale)
     return Page(
         title=title,
         facts=facts,
         mixed=mixed,
         config=json.dumps(config, indent=2, ensure_ascii=False),
-        scores=_scores(tasks, scale),
-        has_bound=any(row.method == UPPER_BOUND for row in rows),
+        scores=scores,
+        closes_gap=any(cell.text == "gap closed" for cell in scores.head),
         experts=experts,
-        tasks=list(pages.values()),
+        tasks=pages,
     )
 
 
@@ -380,9 +379,25 @@ def _averages(
     return found
 
 
-def _task(name: str, rows: list[Row], experts: list[str], scale: Scale) -> Task:
-    rows = sorted(rows, key=lambda row: _rank(row.method))
-    return Task(name, "", _details(rows, experts, scale), _groups(rows, scale))
+def _task(
+    name: str,
+    rows: list[Row],
+    parts: list[tuple[str, pa.Table]],
+    experts: list[str],
+    scale: Scale,
+    limit: int,
+) -> Task:
+    versions = sorted({each for _, part in parts for each in _distinct(part["task_version"])})
+    panels, constant = _panels(parts, experts)
+    return Task(
+        name=name,
+        about=f"version {', '.join(versions)}" if versions else "",
+        details=_details(rows, experts, scale),
+        groups=_groups(rows, scale),
+        panels=panels,
+        constant=constant,
+        items=_items(parts, rows, scale, limit),
+    )
 
 
 def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
@@ -393,9 +408,9 @@ def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
     closed = [metric for metric in metrics[:1] if any(metric in row.gap_closed for row in rows)]
     weighing = [name for name in experts if any(name in row.weights for row in rows)]
     head = [Cell("method")]
-    head += [Cell(m, scale.unit(task, m)[len(m) + 2 :], _how(rows, m, "scores")) for m in metrics]
+    head += [Cell(m, "%" * scale.percent(task, m), _how(rows, m)) for m in metrics]
     head += [Cell(f"{m}, macro", "%" * scale.percent(task, m), "bootstrap") for m in macros]
-    head += [Cell("gap closed", f"{metric}, %") for metric in closed]
+    head += [Cell("gap closed", metric) for metric in closed]
     head += [Cell("items"), Cell("failed"), Cell("shots"), Cell("tokens"), Cell("tokens/s")]
     head += [Cell(name, "mean weight") for name in weighing]
     body = []
@@ -403,7 +418,7 @@ def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
         line = [Cell(row.method)]
         line += [scale.cell(task, metric, row.scores.get(metric)) for metric in metrics]
         line += [scale.cell(task, metric, row.macro.get(metric)) for metric in macros]
-        line += [_number(row.gap_closed.get(metric), "{:.1%}", "%") for metric in closed]
+        line += [_number(row.gap_closed.get(metric), "{:.1%}") for metric in closed]
         line += [Cell(f"{row.items:,}"), Cell(f"{row.errors:,}"), Cell(row.shots or "–")]
         line += [Cell(f"{row.tokens:,}"), _number(row.tokens_per_second, "{:,.1f}")]
         line += [_number(row.weights.get(name), "{:.2f}") for name in weighing]
@@ -411,13 +426,13 @@ def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
     return Table(head, body)
 
 
-def _number(value: float | None, form: str, strip: str = "") -> Cell:
-    return Cell("–" if value is None else form.format(value).rstrip(strip or None))
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else form.format(value))
 
 
-def _how(rows: list[Row], metric: str, kind: str) -> str:
-    found = {getattr(row, kind)[metric].interval for row in rows if metric in getattr(row, kind)}
-    return " and ".join(sorted(found))
+def _how(rows: list[Row], metric: str) -> str:
+    """How the intervals of a metric were found, the same for all methods of a task."""
+    return next(row.scores[metric].interval for row in rows if metric in row.scores)
 
 
 def _groups(rows: list[Row], scale: Scale) -> Table | None:

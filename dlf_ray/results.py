@@ -215,9 +215,8 @@ def summary(table: pa.Table) -> list[Row]:
     Intervals are Wilson's (1927) where all of a task's values of a metric are 0 or 1, else those of
     a bootstrap over the items (over those of each group for macro averages) with a fixed seed.
     """
-    parts = list(by_method(table.select(_SUMMARISED)))
     binary = _binary(table)
-    rows = [_row(task, method, part, binary) for task, method, part in parts]
+    rows = [_row(*each, binary) for each in by_method(table.select(_SUMMARISED))]
     bounds = {row.task: row.scores for row in rows if row.method == UPPER_BOUND}
     for row in rows:
         for metric, score in row.scores.items():
