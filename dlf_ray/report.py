@@ -454,7 +454,7 @@ def _groups(rows: list[Row], scale: Scale) -> Table | None:
 
 # ---------------------------------------------------------------- pictures
 
-WIDTH, HEIGHT = 340, 200
+WIDTH, HEIGHT = 350, 200
 LEFT, RIGHT, TOP, BOTTOM = 34, 268, 10, 166
 """The frame of the axes; expert names stand on its right."""
 BAR_HEIGHT = 44
