@@ -623,7 +623,7 @@ def _item(
     for _, part in parts:
         index = part["item"].index(name).as_py()
         if index >= 0:
-            found += part.slice(index, 1).to_pylist(maps_as_pydicts="lossy")
+            found += part.slice(index, 1).to_pylist()
     about = [f"group {each}" for each in sorted({row["group"] for row in found} - {None})]
     hashes = sorted({row["prompt_hash"] for row in found} - {None})
     about += [f"prompt {' and '.join(hashes)}"] if hashes else []
@@ -631,7 +631,7 @@ def _item(
 
 
 def _answer(row: dict[str, Any], task: str, metric: str | None, scale: Scale, limit: int) -> Answer:
-    score = (row["scores"] or {}).get(metric)
+    score = dict(row["scores"] or []).get(metric)
     notes = [f"ended by {row['finish_reason']}"] * bool(row["finish_reason"])
     notes += [_visible(f"failed: {row['error']}")] * (row["error"] is not None)
     if row["choice"] is not None:

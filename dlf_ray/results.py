@@ -491,10 +491,11 @@ def _checked(row: Mapping[str, Any]) -> pa.RecordBatch:
     names = row.get("expert_names") or []
     if any(len(each) != len(names) for each in row.get("weights") or []):
         raise ValueError(f"{where}: every token needs a weight for each of {names}")
-    for metric, value in dict(row.get("scores") or {}).items():
+    scores = dict(row.get("scores") or {})
+    for metric, value in scores.items():
         if value is None or not math.isfinite(value):
             raise ValueError(f"{where}: the score {metric} is {value}")
     try:
-        return pa.RecordBatch.from_pylist([dict(row)], SCHEMA)
+        return pa.RecordBatch.from_pylist([{**row, "scores": list(scores.items())}], SCHEMA)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
