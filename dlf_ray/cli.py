@@ -19,6 +19,7 @@ from dlf_ray.config import Family, Rule, Select
 from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
 from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
 from dlf_ray.messages import SamplingParams
+from dlf_ray.report import write_report
 from dlf_ray.results import UPPER_BOUND, read, summary
 from dlf_ray.tasks import METRICS
 
@@ -284,6 +285,16 @@ def _table(folder: str, methods: Sequence[str]) -> Table:
             f"{sum(row.tokens for row in found) / seconds:.0f}" if seconds else "-",
         )
     return table
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The folder that an evaluation wrote.")],
+) -> None:
+    """Write Markdown and one HTML page about a run: scores, weights, coloured answers."""
+    with _errors():
+        for path in write_report(results):
+            console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("bench")

@@ -180,6 +180,7 @@ class Hub:
             self._socket.send_multipart([identity, _encode(Stop())])
         self._socket.close()
         self._auth.stop()
+        del self._auth  # its destructor joins a thread, which does not suit a process that is ended
         self._context.term()
         for fd, _, _ in self._memory.values():
             os.close(fd)
