@@ -12,16 +12,18 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import torch
 import zmq
 
 from dlf_ray.config import Family
 from dlf_ray.engine import Engine
+from dlf_ray.local import LocalEngine
 from dlf_ray.messages import Description, Logits, Plan, SamplingParams
 from dlf_ray.worker import ModelWorker
 
@@ -98,6 +100,50 @@ def bench(
                 # The first round of each warms up.
                 medians = [1000 * statistics.median(each[1:]) for each in (bare, step, fusion)]
                 yield Result(t, r, *medians)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Items per second of one family, answered in different ways."""
+
+    one_at_a_time: float
+    together: float
+    shots: int
+    recomputed: float
+    """Prompts with examples, each computed from its beginning."""
+    shared: float
+    """The same, the examples computed once."""
+
+
+def bench_family(
+    file: str, items: Sequence[str], example: str, *, shots: int, max_tokens: int, rounds: int
+) -> Serving:
+    """Serves `items` with the family of a file, in this process; medians of `rounds` rounds."""
+    family = Family.from_yaml(file)
+    sampling = SamplingParams(max_tokens=max_tokens)
+    rates: dict[str, list[float]] = {}
+
+    def timed(name: str, count: int, answer: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        answer()
+        rates.setdefault(name, []).append(count / (time.perf_counter() - began))
+
+    def one_at_a_time(engine: LocalEngine, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            engine.generate(prompt, sampling)
+
+    longer = [example * shots + item for item in items]
+    without = msgspec.structs.replace(family.engine, enable_prefix_caching=False)
+    plain = msgspec.structs.replace(family, engine=without)
+    with LocalEngine(family) as sharing, LocalEngine(plain) as recomputing:
+        few = items[: max(1, len(items) // 10)]
+        for _ in range(rounds + 1):
+            timed("one", len(few), lambda: one_at_a_time(recomputing, few))
+            timed("together", len(items), lambda: recomputing.generate(items, sampling))
+            timed("recomputed", len(items), lambda: recomputing.generate(longer, sampling))
+            timed("shared", len(items), lambda: sharing.generate(longer, sampling))
+    one, together, recomputed, shared = (statistics.median(r[1:]) for r in rates.values())
+    return Serving(one, together, shots, recomputed, shared)
 
 
 def _family(experts: int, rows: int, vocab: int) -> Family:

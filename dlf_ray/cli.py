@@ -297,19 +297,22 @@ def report(
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("bench")
-def bench_command(
+@app.command()
+def bench(
     experts: Annotated[str, typer.Option(help="Numbers of experts, by commas.")] = "1,4",
     rows: Annotated[str, typer.Option(help="Sequences decoded together, by commas.")] = "1,32",
     vocab: Annotated[int, typer.Option(help="Size of the vocabulary.", min=2)] = 32000,
     steps: Annotated[int, typer.Option(help="Steps a round.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.", min=1)] = 5,
+    items: Annotated[int, typer.Option(help="Items for the demo family; 0: none.", min=0)] = 200,
 ) -> None:
-    """What a step of the engine costs by itself: real actors, forward passes left out.
+    """What a step of the engine costs by itself, and what batching and shared examples gain.
 
-    Beside it, the same bytes between as many processes in one plain ZeroMQ round trip.
+    Steps: real actors, forward passes left out; beside them, the same bytes between as many
+    processes in one plain ZeroMQ round trip. Items: those of the demo family, in this process.
     """
-    from dlf_ray.bench import bench
+    from dlf_ray import bench as measure
+    from dlf_ray import demo as family_demo
 
     table = Table(
         "experts",
@@ -324,8 +327,8 @@ def bench_command(
         title=f"vocabulary {vocab}, medians of {rounds} rounds of {steps} steps",
     )
     with _errors():
-        sizes = [[int(size) for size in _names(listed)] for listed in (experts, rows)]
-        for r in bench(*sizes, vocab=vocab, steps=steps, rounds=rounds):
+        counts, sizes = ([int(size) for size in _names(listed)] for listed in (experts, rows))
+        for r in measure.bench(counts, sizes, vocab=vocab, steps=steps, rounds=rounds):
             table.add_row(
                 str(r.experts),
                 str(r.rows),
@@ -337,4 +340,25 @@ def bench_command(
                 f"{(r.step - r.fusion) / r.exchange:.2f}",
             )
             console.print(f"measured {r.experts} experts, {r.rows} rows", style="dim")
-    console.print(table)
+        console.print(table)
+        if not items:
+            return
+        folder = family_demo.build()
+        asked = [item.prompt for item in family_demo.items("spelling", "test", 0)][:items]
+        first = family_demo.items("spelling", "train", 0)[0]
+        s = measure.bench_family(
+            str(folder / "family.yaml"),
+            asked,
+            f"{first.prompt}{first.answer}\n",
+            shots=5,
+            max_tokens=16,
+            rounds=min(rounds, 3),
+        )
+    console.print(
+        f"{len(asked)} items of the demo family, dynamic with all experts:\n"
+        f"  one at a time {s.one_at_a_time:.1f} items/s, together {s.together:.1f} items/s: "
+        f"{s.together / s.one_at_a_time:.1f} times as many\n"
+        f"  after {s.shots} examples, recomputed {s.recomputed:.1f} items/s, shared "
+        f"{s.shared:.1f} items/s: {s.shared / s.recomputed:.2f} times as many",
+        highlight=False,
+    )

@@ -107,6 +107,8 @@ class EngineConfig(_Section, frozen=True):
     """Tokens of a sequence, prompt included; a model with a shorter context lowers it."""
     max_num_batched_tokens: int = 2048
     """Tokens that one model computes in one step; longer prompts are cut into chunks."""
+    enable_prefix_caching: bool = True
+    """Sequences that begin alike start from a copy of what another has computed."""
     num_cpus: float = 1
     """CPUs of the coordinator."""
     num_gpus: float = 0

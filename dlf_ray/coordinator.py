@@ -114,6 +114,7 @@ class Coordinator:
         self.scheduler = Scheduler(
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
+            enable_prefix_caching=engine.enable_prefix_caching,
         )
         self.sequences: dict[tuple[str, int], Stream] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)

@@ -302,6 +302,7 @@ def run(
     if not jobs or not experiment.methods:
         raise ValueError("an experiment needs at least one task and one method")
     failures: list[str] = []
+    provenance = _provenance(experiment, family)
     with Results(experiment.output, _config(experiment, family, jobs)) as results:
         plans: dict[str, list[tuple[TaskSpec, Task, list[Item], str]]] = {}
         for spec, task, items in jobs:
@@ -322,7 +323,7 @@ def run(
             chosen = _alone(family, model, Path(experiment.family)) if model else family
             with start(chosen) as engine:
                 for part in todo:
-                    failures += _run_part(engine, experiment, results, *part, log)
+                    failures += _run_part(engine, experiment, results, *part, provenance, log)
     if failures:
         raise RuntimeError(
             f"{len(failures)} items failed; run again to try them again. First: {failures[0]}"
@@ -337,6 +338,7 @@ def _run_part(
     task: Task,
     items: list[Item],
     method: str,
+    provenance: dict[str, str | None],
     log: Callable[[str], None],
 ) -> list[str]:
     """One task by one method; what failed."""
@@ -355,7 +357,7 @@ def _run_part(
         "expert_names": list(fusion.experts),
         "rule": "alone" if fusion.alone else f"{fusion.rule}, {fusion.select}",
         "seed": 0,
-        **_provenance(engine.family),
+        **provenance,
     }
     failures = []
     for answer in _logged(
@@ -458,11 +460,15 @@ def _config(
     }
 
 
-def _provenance(family: Family) -> dict[str, str | None]:
+def _provenance(experiment: Experiment, family: Family) -> dict[str, str | None]:
+    """Where the rows of a run come from."""
+    models = {name: spec.model for name, spec in family.models.items()}
+    if experiment.upper_bound:
+        models[UPPER_BOUND] = experiment.upper_bound
     return {
         "commit": _commit(),
         "family_digest": family.digest,
-        "models": json.dumps({name: spec.model for name, spec in family.models.items()}),
+        "models": json.dumps(models),
         "dlf_version": version("dlf_ray"),
     }
 

@@ -85,7 +85,14 @@ class Step:
 class Scheduler:
     """First come, first served: a slot for each running sequence, a token budget for each step."""
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.enable_prefix_caching = enable_prefix_caching
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_rows = max_num_seqs
         """Rows of logits in a step: one for each running sequence, so scoring has to share."""
@@ -160,7 +167,7 @@ class Scheduler:
         later = []
         for _ in range(min(len(self._free), len(self.waiting))):
             sequence = self.waiting.popleft()
-            if not self._share(sequence):
+            if self.enable_prefix_caching and not self._share(sequence):
                 later.append(sequence)
                 continue
             sequence.slot = heapq.heappop(self._free)  # the lowest, to keep used slots together

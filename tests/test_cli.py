@@ -80,7 +80,20 @@ def test_mistakes_end_with_one_line_and_no_trace(file, words, message):
 
 
 def test_bench_measures_engine_and_exchange(ray_cluster):
-    sizes = ("--experts", 1, "--rows", "1,2", "--vocab", 100, "--steps", 5, "--rounds", 1)
+    sizes = (
+        "--experts",
+        1,
+        "--rows",
+        "1,2",
+        "--vocab",
+        100,
+        "--steps",
+        5,
+        "--rounds",
+        1,
+        "--items",
+        0,
+    )
     shown = dlf("bench", *sizes)
     assert shown.exit_code == 0, shown.output
     cells = [line.split() for line in shown.output.splitlines()]
@@ -91,3 +104,14 @@ def test_bench_measures_engine_and_exchange(ray_cluster):
         assert exchange > 0
         assert 0 < fusion < step
         assert rate == pytest.approx(1000 / step, rel=0.2)
+
+
+def test_bench_serves_items_with_and_without_sharing(file):
+    from dlf_ray.bench import bench_family
+
+    asked = [f"how much is {i}?" for i in range(10)]
+    example = "Question: what is one and one? Answer: it is two.\n"
+    found = bench_family(str(file), asked, example, shots=3, max_tokens=4, rounds=1)
+    assert found.shots == 3
+    rates = (found.one_at_a_time, found.together, found.recomputed, found.shared)
+    assert all(rate > 0 for rate in rates)
