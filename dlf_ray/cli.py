@@ -20,7 +20,7 @@ from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
 from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
 from dlf_ray.messages import SamplingParams
 from dlf_ray.report import write_report
-from dlf_ray.results import UPPER_BOUND, read, summary
+from dlf_ray.results import UPPER_BOUND, Row, read, read_config, summary
 from dlf_ray.tasks import METRICS
 
 app = typer.Typer(
@@ -264,27 +264,47 @@ def _table(folder: str, methods: Sequence[str]) -> Table:
     rows = {(row.task, row.method): row for row in summary(read(folder))}
     tasks = list(dict.fromkeys(task for task, _ in rows))
     metrics = {task: next(iter(row.scores)) for (task, _), row in rows.items() if row.scores}
-    items = max(row.items for row in rows.values())
-    table = Table(title=f"percent of {items} items, 95% intervals", box=box.SIMPLE)
-    for title in ("method", *(f"{t}\n{metrics.get(t, '')}" for t in tasks), "average", "tokens/s"):
+    table = Table(title="percent, 95% intervals", box=box.SIMPLE)
+    table.add_column("method", no_wrap=True)
+    settings = read_config(folder)["tasks"]
+    for task in tasks:
+        first = next(row for row in rows.values() if row.task == task)
+        title = f"{task}\n{metrics.get(task, '')}\n{first.items} items, {first.shots}-shot"
+        if left_out := settings[task]["malformed"]:
+            title += f"\n{left_out} malformed left out"
         table.add_column(title, no_wrap=True)
+    upper = _average([rows[task, UPPER_BOUND] for task in tasks if (task, UPPER_BOUND) in rows])
+    # Beside several tasks there is no room for every expert's weight; `dlf report` has them.
+    experts = list(dict.fromkeys(n for row in rows.values() for n in row.weights))
+    experts = experts if len(tasks) == 1 else []
+    for title in ("average", *(["gap closed"] if upper else []), "tokens/s"):
+        table.add_column(title)
+    for expert in experts:
+        table.add_column(f"{expert}\nmean weight")
     for method in (*methods, UPPER_BOUND):
         found = [rows[task, method] for task in tasks if (task, method) in rows]
         if not found:
             continue
-        scores = [row.scores.get(metrics.get(row.task, "")) for row in found]
-        means = [100 * score.mean for score in scores if score]
-        seconds = sum(row.seconds for row in found)
-        table.add_row(
-            method,
-            *(
-                f"{100 * s.mean:.1f} ({100 * s.low:.0f}-{100 * s.high:.0f})" if s else "-"
-                for s in scores
-            ),
-            f"{sum(means) / len(means):.1f}" if means else "-",
-            f"{sum(row.tokens for row in found) / seconds:.0f}" if seconds else "-",
-        )
+        cells = []
+        for row in found:
+            s = next(iter(row.scores.values()), None)
+            spread = f"({100 * s.low:.0f}-{100 * s.high:.0f})" if s else ""
+            cells.append(f"{100 * s.mean:.1f} {spread}" if s else "-")
+        average, seconds = _average(found), sum(row.seconds for row in found)
+        cells.append("-" if average is None else f"{average:.1f}")
+        if upper:  # of the averages, as in the paper
+            cells.append("-" if average is None else f"{100 * average / upper:.1f}")
+        cells.append(f"{sum(row.tokens for row in found) / seconds:.0f}" if seconds else "-")
+        weights = found[0].weights
+        cells += [f"{weights[name]:.2f}" if name in weights else "" for name in experts]
+        table.add_row(method, *cells)
     return table
+
+
+def _average(rows: Sequence[Row]) -> float | None:
+    """Of the tasks' headline scores, in percent."""
+    scores = [100 * next(iter(row.scores.values())).mean for row in rows if row.scores]
+    return sum(scores) / len(scores) if scores else None
 
 
 @app.command()

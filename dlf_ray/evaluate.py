@@ -115,6 +115,8 @@ class Answer:
     seconds: float
     """Since the answer before it: its share of the time on the clock."""
     tokens: int
+    cut: bool = False
+    """Whether a prompt did not fit the context and lost its beginning."""
 
 
 def method_options(method: str, family: Family) -> FusionOptions:
@@ -164,13 +166,15 @@ def answers(
     """
     solve = _generated if task.kind == "generate" else _judged
     longest = max_tokens or task.max_tokens
+    prompts = _Prompts(engine, shots_for, on_overflow)
     before = time.perf_counter()
     for item, response, output, tokens in solve(
-        engine, items, options, _Prompts(engine, shots_for, on_overflow), longest, task.stop
+        engine, items, options, prompts, longest, task.stop
     ):
         now = time.perf_counter()
         scores = {} if output.error else task.score(item, response)
-        yield Answer(item, response, scores, output, now - before, tokens)
+        cut = item.id in prompts.cut
+        yield Answer(item, response, scores, output, now - before, tokens, cut)
         before = now
 
 
@@ -181,6 +185,8 @@ class _Prompts:
         self.engine = engine
         self.shots_for = shots_for
         self.skip = on_overflow == "skip"
+        self.cut: set[str] = set()
+        """Items whose prompt did not fit."""
 
     def of(
         self, item: Item, continuation: str, room: int
@@ -205,6 +211,7 @@ class _Prompts:
                         f"{space + len(rest)}"
                     )
                 ids = ids[-space:]
+                self.cut.add(item.id)
             prompts[name] = ids
         return prompts, rest
 
@@ -288,6 +295,7 @@ def run(
     """
     family = Family.from_yaml(experiment.family)
     jobs: list[tuple[TaskSpec, Task, list[Item]]] = []
+    malformed: dict[str, int] = {}
     for spec in experiment.tasks:
         data = spec.data and spec.data.format(family=Path(experiment.family).parent)
         task = spec.make(data)
@@ -297,13 +305,14 @@ def run(
         for where, reason in loaded.skipped:
             log(f"{task.name}: left out {where}: {reason}")
         jobs.append((spec, task, loaded.items))
+        malformed[task.name] = len(loaded.skipped)
         for method in experiment.methods:
             resolve(family, method_options(method.format(task=task.name), family))
     if not jobs or not experiment.methods:
         raise ValueError("an experiment needs at least one task and one method")
     failures: list[str] = []
     provenance = _provenance(experiment, family)
-    with Results(experiment.output, _config(experiment, family, jobs)) as results:
+    with Results(experiment.output, _config(experiment, family, jobs, malformed)) as results:
         plans: dict[str, list[tuple[TaskSpec, Task, list[Item], str]]] = {}
         for spec, task, items in jobs:
             mine = items[shard[0] :: shard[1]]
@@ -413,15 +422,18 @@ def _logged(
 ) -> Iterator[Answer]:
     """Passes answers on and says now and then how far they are."""
     began = last = time.perf_counter()
-    tokens = 0
+    tokens = cut = 0
     for count, answer in enumerate(found, 1):
         yield answer
         tokens += answer.tokens
+        cut += answer.cut
         now = time.perf_counter()
         if count == total or now - last >= LOG_EVERY_S:
             last, took = now, now - began
             left = took / count * (total - count)
             log(f"{what}: {count}/{total} items, {tokens / took:.0f} tokens/s, {left:.0f} s left")
+    if cut:
+        log(f"{what}: warning: {cut} prompts longer than the context were cut from the left")
 
 
 def _alone(family: Family, model: str, file: Path) -> Family:
@@ -437,7 +449,10 @@ def _alone(family: Family, model: str, file: Path) -> Family:
 
 
 def _config(
-    experiment: Experiment, family: Family, jobs: Sequence[tuple[TaskSpec, Task, list[Item]]]
+    experiment: Experiment,
+    family: Family,
+    jobs: Sequence[tuple[TaskSpec, Task, list[Item]]],
+    malformed: Mapping[str, int],
 ) -> dict[str, Any]:
     """Everything that determines the rows."""
     return {
@@ -447,6 +462,7 @@ def _config(
             task.name: {
                 **msgspec.to_builtins(spec),
                 "version": task.version,
+                "malformed": malformed[task.name],
                 "items": hashlib.sha256(
                     "\0".join(f"{i.id}\0{i.full_prompt}" for i in items).encode()
                 ).hexdigest()[:16],

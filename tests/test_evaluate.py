@@ -15,7 +15,7 @@ from conftest import EXPERTS, family_of
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.evaluate import Experiment, TaskSpec, answers, method_options, run
-from dlf_ray.results import read, summary
+from dlf_ray.results import read, read_config, summary
 from dlf_ray.tasks import own_task
 
 METHODS = ("large", "base", "expert:math", "static:0.5", "dynamic", "dynamic:blend@math+prose")
@@ -122,6 +122,7 @@ def test_prompts_longer_than_the_context_are_cut_or_left_out(engine, tmp_path):
     ids = engine.tokenizer.encode(items[0].prompt)[-(256 - 6) :]
     (expected,) = engine.generate([ids], SamplingParams(max_tokens=6))
     assert cut[items[0].id].output.token_ids == expected.token_ids
+    assert [cut[item.id].cut for item in items] == [True, False]
     left = {
         a.item.id: a for a in answers(engine, task, items, {}, max_tokens=6, on_overflow="skip")
     }
@@ -158,6 +159,22 @@ def test_a_run_leaves_a_row_for_every_item_and_method(family_file, tmp_path):
     assert len(lines) == len(METHODS) + 1  # quick ones are logged once, at their end
     # A second run has nothing to do: not even an engine is started.
     run(made, None, log=lines.append)
+
+
+def test_malformed_lines_and_cut_prompts_are_counted(family_file, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"prompt": "word " * 400, "answer": "x"}, {"prompt": "fine", "answer": "x"}, {"a": 1}]
+    made = experiment(
+        family_file,
+        tmp_path,
+        tasks=(TaskSpec(data=write(path, rows), max_tokens=4),),
+        methods=("large",),
+    )
+    lines = []
+    run(made, LocalEngine, log=lines.append)
+    assert any("own.jsonl:3" in line and "left out" in line for line in lines)
+    assert any("1 prompts longer than the context were cut" in line for line in lines)
+    assert read_config(made.output)["tasks"]["own"]["malformed"] == 1
 
 
 def test_shards_make_the_whole(family_file, tmp_path):
