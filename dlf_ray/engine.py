@@ -140,6 +140,7 @@ class Engine(BaseEngine):
         self._worker = worker
         self._group: PlacementGroup | None = None
         self._link: ClientLink | None = None
+        self._actors: dict[str, Any] = {}
         self._loops: dict[str, ray.ObjectRef[None]] = {}
         self._failure: EngineError | None = None
         self._timings: queue.SimpleQueue[Timings] = queue.SimpleQueue()
@@ -209,16 +210,19 @@ class Engine(BaseEngine):
             self._link.send(Stop())
             self._link.close()
             if self._failure is None:
-                ray.wait(
-                    list(self._loops.values()),
-                    num_returns=len(self._loops),
-                    timeout=STOP_TIMEOUT_S,
-                )
+                self._wait_for(list(self._loops.values()))
+                # Each ends its own process; to be killed in that, as below, would leave a trace.
+                ended = [each.__ray_terminate__.remote() for each in self._actors.values()]
+                self._wait_for(ended)
         self._actors = {}
         if self._group:
             remove_placement_group(self._group)  # ends whatever still runs in it
         if self._started_ray:
             ray.shutdown()
+
+    @staticmethod
+    def _wait_for(refs: list[Any]) -> None:
+        ray.wait(refs, num_returns=len(refs), timeout=STOP_TIMEOUT_S)
 
     async def agenerate(
         self,
