@@ -19,6 +19,7 @@ from dlf_ray.results import read, summary
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+ITEMS = 100  # enough for the kill to come well before the end
 
 
 def free_port():
@@ -71,7 +72,8 @@ def experiment(folder, tmp_path):
     file = folder / "jobs.yaml"
     file.write_text(yaml.safe_dump({**family, "engine": engine}, sort_keys=False))
     items = tmp_path / "items.csv"
-    items.write_text("question,answer\n" + "".join(f"how much is {i},yes\n" for i in range(30)))
+    lines = [f"how much is {i},yes\n" for i in range(ITEMS)]
+    items.write_text("question,answer\n" + "".join(lines))
     work = tmp_path / "work"
     work.mkdir()
     shutil.copy(ROOT / "jobs" / "evaluate.py", work)
@@ -106,7 +108,7 @@ def test_a_job_that_is_killed_goes_on_when_submitted_again(cluster, experiment, 
     whole = submit(cluster, work, "--output", str(tmp_path / "whole"))
     log, _ = whole.communicate(timeout=180)
     assert whole.returncode == 0, log
-    assert "items, dynamic: 30/30 items" in log
+    assert f"items, dynamic: {ITEMS}/{ITEMS} items" in log
 
     first = submit(cluster, work)
     deadline = time.monotonic() + 120
@@ -129,7 +131,7 @@ def test_a_job_that_is_killed_goes_on_when_submitted_again(cluster, experiment, 
     assert "[2/2]" in log
     rows = summary(read(results))
     assert {row.method: row.items for row in rows} == dict.fromkeys(
-        ("large", "static", "dynamic"), 30
+        ("large", "static", "dynamic"), ITEMS
     )
     assert comparable(results) == comparable(tmp_path / "whole")
 
