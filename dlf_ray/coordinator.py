@@ -238,7 +238,8 @@ class Coordinator:
             at = sequence.scored
             given += sequence.request.continuation[at : at + count] or [-1]
             params += [sequence.request.sampling] * count
-            draws += [uniform(sequence.seed, len(sequence.generated))] * count
+            hot = sequence.request.sampling.temperature > 0
+            draws += [uniform(sequence.seed, len(sequence.generated)) if hot else 0.0] * count
         if max(given) < 0:
             return sample(fused.logits, params, draws), [], []
         tokens = torch.tensor(given, device=fused.logits.device)[:, None]
