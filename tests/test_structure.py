@@ -17,7 +17,7 @@ LIBRARIES = {
     "typer": {"cli"},
     "datasets": {"tasks.data"},
     "rouge_score": {"tasks.common"},
-    "pyarrow": {"results", "report", "tasks.data"},
+    "pyarrow": {"results", "plots", "report", "tasks.data"},
     "jinja2": {"report"},
 }
 """Libraries that only the named modules may import."""
