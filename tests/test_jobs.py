@@ -44,14 +44,19 @@ def cluster():
         [
             *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
             *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
+            # The cluster of the other tests, in this machine too, has the usual port.
+            f"--dashboard-agent-listen-port={free_port()}",
         ],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 90
-    while subprocess.run(
-        [BIN / "ray", "job", "list"], env=environment, capture_output=True, check=False
+    while subprocess.run(  # it answers before it can take jobs
+        [BIN / "ray", "job", "submit", "--", "true"],
+        env=environment,
+        capture_output=True,
+        check=False,
     ).returncode:
         assert time.monotonic() < deadline, "the cluster did not come up"
         assert head.poll() is None
