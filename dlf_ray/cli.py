@@ -161,7 +161,7 @@ def evaluate(
         str | None, typer.Option(help="Local file or folder, or Hugging Face data set.")
     ] = None,
     prompt_template: Annotated[
-        str | None, typer.Option(help='For own data, over its columns: "Q: {question}\nA:".')
+        str | None, typer.Option(help='For own data, over its columns: "Q: {question}\\nA:".')
     ] = None,
     metric: Annotated[str, typer.Option(help=f"For own data: {', '.join(METRICS)}.")] = (
         "exact_match"
@@ -195,7 +195,8 @@ def evaluate(
                 TaskSpec(
                     task=name,
                     data=data,
-                    prompt_template=prompt_template,
+                    # A shell passes a line break written as \n on as two characters.
+                    prompt_template=prompt_template and prompt_template.replace("\\n", "\n"),
                     metric=metric,
                     shots=shots,
                     limit=limit,

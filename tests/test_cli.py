@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.cli import app
+from dlf_ray.results import read
 
 
 def dlf(*words):
@@ -57,6 +58,19 @@ def test_evaluate_prints_a_row_per_method(file, tmp_path):
     assert shown.exit_code == 0, shown.output
     for method in methods.split(","):
         assert f"{method} " in shown.output
+
+
+def test_a_template_may_hold_line_breaks(file, folder, tmp_path):
+    data = tmp_path / "data.csv"
+    data.write_text("question,answer\nhow much?,x\n")
+    words = ("--prompt-template", "Q: {question}\\nA:", "--methods", "large", "--max-tokens", 4)
+    shown = dlf("evaluate", file, "--data", data, *words, "--output", tmp_path / "run", "--local")
+    assert shown.exit_code == 0, shown.output
+    with LocalEngine(family_of(folder)) as engine:
+        prompt = "Q: how much?\nA:"
+        (expected,) = engine.generate(prompt, SamplingParams(max_tokens=4), experts=[])
+    (row,) = read(tmp_path / "run").to_pylist()
+    assert row["token_ids"] == expected.token_ids
 
 
 @pytest.mark.parametrize(
