@@ -147,7 +147,13 @@ class Engine(BaseEngine):
         self._closing = threading.Event()
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            ray.init(logging_level=logging.WARNING, include_dashboard=False)
+            try:
+                ray.init(logging_level=logging.WARNING, include_dashboard=False)
+            except ConnectionError as error:
+                raise EngineError(
+                    f"{error}. If it has token authentication on (Ray does that by itself once "
+                    "~/.ray/auth_token exists), set RAY_AUTH_MODE=token; else check RAY_ADDRESS."
+                ) from error
         try:
             self._start()
         except BaseException:  # an interrupt too must leave no actor behind

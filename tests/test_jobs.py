@@ -32,18 +32,19 @@ def free_port():
 def cluster():
     """`ray start --head` with token authentication; yields the environment to submit from."""
     folder = tempfile.mkdtemp(prefix="dlf")  # short: sockets lie in it
-    dashboard = free_port()
+    port, dashboard = free_port(), free_port()
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-the-tests-only-0123456789",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "ADDRESS_OF_THE_HEAD": f"127.0.0.1:{port}",
     }
     environment.pop("RAY_ADDRESS", None)
     head = subprocess.Popen(
         [
             *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-            *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
+            *(f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
             # The cluster of the other tests, in this machine too, has the usual port.
             f"--dashboard-agent-listen-port={free_port()}",
         ],
@@ -150,3 +151,23 @@ def test_a_job_that_fails_says_why_and_exits_with_an_error(cluster, experiment):
     assert job.returncode != 0
     assert "unknown method 'statistic'" in log
     assert not results.exists()
+
+
+def test_who_has_no_token_is_told_what_to_set(cluster, experiment, folder):
+    """Ray's own message only says that it cannot connect."""
+    environment = {
+        **cluster,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": cluster["ADDRESS_OF_THE_HEAD"],
+    }
+    done = subprocess.run(
+        [BIN / "dlf", "generate", folder / "jobs.yaml", "--prompt", "x"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RAY_AUTH_MODE=token" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
