@@ -153,7 +153,7 @@ with Engine(Family.from_yaml(sys.argv[1])) as engine:
 
 
 def test_ctrl_c_leaves_no_actor(folder, tmp_path):
-    """A program of its own, interrupted while it generates on the cluster of this session."""
+    """A program of its own, interrupted while it generates on the cluster of these tests."""
     lines = ["experts:", f"  math: {{model: {folder / 'math'}, num_cpus: 0.1}}"]
     lines += [f"{n}: {{model: {folder / n}, num_cpus: 0.1}}" for n in ("large", "base")]
     lines += ["engine: {num_cpus: 0.1, max_model_len: 512}"]
