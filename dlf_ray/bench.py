@@ -91,7 +91,9 @@ def bench(
         with Engine(_family(t, max(rows), vocab), worker=SilentWorker) as engine:
             for r in rows:
                 step, fusion, bare = [], [], []
-                with Exchange(t + 2, plan=20 + 4 * 5 * r, reply=r * vocab * 4) as exchange:
+                with Exchange(
+                    t + 2, plan=Plan.HEADER.size + 4 * 5 * r, reply=r * vocab * 4
+                ) as exchange:
                     for _ in range(rounds + 1):
                         took, share = _engine_round(engine, r, steps)
                         step.append(took)

@@ -227,10 +227,6 @@ class BaseEngine(ABC):
                 if output.finish_reason:
                     return
 
-    def fusion_params(self, **options: Unpack[FusionOptions]) -> FusionParams:
-        """The family's fusion with `options` on top. Raises `ValueError` where they clash."""
-        return resolve(self.family, options)
-
     def _requests(
         self,
         prompts: Prompts | Sequence[Prompts],

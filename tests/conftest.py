@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import tiny
+from oracle import Oracle
 from transformers import AutoModelForCausalLM
 
 from dlf_ray import Family
@@ -75,6 +76,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    made = Oracle(folder)
+    yield made
+    print(f"\n{made.tokens} tokens against the oracle, {made.ties} ties")
+    assert made.ties <= 0.02 * made.tokens
 
 
 @pytest.fixture(scope="session")

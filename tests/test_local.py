@@ -30,14 +30,6 @@ def params_of(count, seed=1):
     return [SamplingParams(max_tokens=int(n)) for n in rng.integers(3, 16, size=count)]
 
 
-@pytest.fixture(scope="module")
-def oracle(folder):
-    made = Oracle(folder)
-    yield made
-    print(f"\n{made.tokens} tokens against the oracle, {made.ties} ties")
-    assert made.ties <= 0.02 * made.tokens
-
-
 @pytest.fixture(
     scope="module",
     params=[

@@ -23,7 +23,6 @@ from dlf_ray.tasks import (
     Choice,
     Item,
     Response,
-    averages,
     cnn_dailymail,
     common,
     data,
@@ -506,14 +505,6 @@ def test_accuracy_by_likelihood_and_per_character():
     # The space that begins a choice is not part of its length.
     item = Item("x", "p", choices=(" a", " bb"), correct=(1,))
     assert common.accuracy(item, judged(-1.0, -1.8)) == {"acc": 0, "acc_norm": 1}
-
-
-def test_averages_over_items_groups_and_their_means():
-    items = [Item(str(n), "p", group=group) for n, group in enumerate("aaab")]
-    found = averages(items, [{"acc": 1.0}, {"acc": 1.0}, {"acc": 0.0}, {"acc": 0.0}])
-    assert found.mean == {"acc": 0.5}
-    assert found.groups == {"a": {"acc": pytest.approx(2 / 3)}, "b": {"acc": 0.0}}
-    assert found.macro == {"acc": pytest.approx(1 / 3)}
 
 
 # Own data

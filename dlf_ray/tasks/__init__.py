@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dlf_ray.tasks.arc import ARC_CHALLENGE, ARC_EASY
 from dlf_ray.tasks.cnn_dailymail import CNN_DAILYMAIL
 from dlf_ray.tasks.common import (
-    Averages,
     Choice,
     Item,
     Loaded,
     Response,
     Scores,
     Task,
-    averages,
 )
 from dlf_ray.tasks.commonsenseqa import COMMONSENSEQA
 from dlf_ray.tasks.gsm8k import GSM8K
@@ -27,14 +25,12 @@ from dlf_ray.tasks.truthfulqa import TRUTHFULQA, TRUTHFULQA_LETTERS
 __all__ = [
     "METRICS",
     "TASKS",
-    "Averages",
     "Choice",
     "Item",
     "Loaded",
     "Response",
     "Scores",
     "Task",
-    "averages",
     "get_task",
     "own_task",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
@@ -193,30 +193,6 @@ def with_shots(item: Item, examples: Iterable[Item], shots: int) -> Item:
         where = f" of {item.group}" if item.group else ""
         raise ValueError(f"{shots} shots asked for, but there are {len(chosen)} examples{where}")
     return replace(item, shots="".join(f"{each.body}{each.target}\n\n" for each in chosen))
-
-
-@dataclass(frozen=True)
-class Averages:
-    """The figures of one task."""
-
-    mean: Scores
-    """Over items."""
-    macro: Scores
-    """Over groups: each counts the same, however many items it has."""
-    groups: dict[str, Scores]
-
-
-def averages(items: Sequence[Item], scores: Sequence[Mapping[str, float]]) -> Averages:
-    """Means of all items, of each group, and of the groups' means. Needs at least one item."""
-    groups: dict[str, list[Mapping[str, float]]] = {}
-    for item, score in zip(items, scores, strict=True):
-        groups.setdefault(item.group, []).append(score)
-    means = {group: _mean(each) for group, each in groups.items()}
-    return Averages(_mean(scores), _mean(list(means.values())), means)
-
-
-def _mean(scores: Sequence[Mapping[str, float]]) -> Scores:
-    return {metric: sum(s[metric] for s in scores) / len(scores) for metric in scores[0]}
 
 
 # Likelihood

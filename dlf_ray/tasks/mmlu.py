@@ -1,7 +1,8 @@
 """MMLU (Hendrycks et al. 2021): four-way questions on 57 subjects, scored by likelihood.
 
 Prompts are the harness's; examples come from the dev split of the same subject, the first ones, as
-there. `averages` gives the figure over all questions, by subject, and the mean of the subjects.
+there. Subjects are groups: `results` gives the figure over all questions, by subject, and the mean
+of the subjects.
 """
 
 from __future__ import annotations
