@@ -48,16 +48,17 @@ class StopStrings:
         self._stops = stops
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that may be shown now, and whether a stop string was met (it is cut off)."""
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that may be shown now, and the stop string that was met (it is cut off)."""
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            at, stop = min(found)
+            return text[:at], stop
         hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
+        return text[: len(text) - hold], None
 
     def flush(self) -> str:
         """What was held back and is now known to be plain text."""
@@ -73,16 +74,19 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(decode, prompt)
         self._stops = StopStrings(stops)
-        self._stopped = False
+        self._stopped: str | None = None
 
-    def push(self, token: int) -> tuple[str, bool]:
-        """The text that is final now, and whether a stop string ended it."""
-        text, self._stopped = self._stops.push(self._detokenizer.push(token))
+    def push(self, token: int, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """The text that is final now, and the stop string that ended it."""
+        text = self._detokenizer.push(token)
+        if not may_stop:
+            return text, None
+        text, self._stopped = self._stops.push(text)
         return text, self._stopped
 
     def end(self) -> str:
         """The rest of the text; nothing after a stop string."""
-        if self._stopped:
+        if self._stopped is not None:
             return ""
         text, stopped = self._stops.push(self._detokenizer.flush())
         return text if stopped else text + self._stops.flush()

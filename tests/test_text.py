@@ -32,7 +32,7 @@ def test_pieces_add_up_and_hold_whole_characters(text):
 
 def test_a_character_that_never_completes_is_shown_as_such_at_the_end():
     stream = TextStream(decode, [], ())
-    assert stream.push("é".encode()[0]) == ("", False)
+    assert stream.push("é".encode()[0]) == ("", None)
     assert stream.end() == "\ufffd"
 
 
@@ -53,14 +53,14 @@ def test_text_ends_before_the_first_stop_string(text, stops):
 
 def test_nothing_that_may_become_a_stop_string_is_shown():
     stops = StopStrings(["END"])
-    assert stops.push("the E") == ("the ", False)
-    assert stops.push("N") == ("", False)
-    assert stops.push("T") == ("ENT", False)
-    assert stops.push("xEN") == ("x", False)
-    assert stops.push("D and more") == ("", True)
+    assert stops.push("the E") == ("the ", None)
+    assert stops.push("N") == ("", None)
+    assert stops.push("T") == ("ENT", None)
+    assert stops.push("xEN") == ("x", None)
+    assert stops.push("D and more") == ("", "END")
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])
 def test_the_prompt_never_appears(length):
     stream = TextStream(decode, list(b"p" * length), ())
-    assert stream.push(ord("a")) == ("a", False)
+    assert stream.push(ord("a")) == ("a", None)
