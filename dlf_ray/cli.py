@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlencode
+from urllib.request import Request, urlopen
 
 import typer
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +26,7 @@ from dlf_ray.config import Family, Rule, Select
 from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
 from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
 from dlf_ray.messages import SamplingParams
+from dlf_ray.metrics import Span, chrome_trace
 from dlf_ray.report import write_report
 from dlf_ray.results import UPPER_BOUND, Row, read, read_config, summary
 from dlf_ray.tasks import METRICS
@@ -53,6 +61,8 @@ DEMO_METHODS = (
     "dynamic:blend",
 )
 """One expert (the task's, `@`) or all of them, the task unknown."""
+FAR_EXPERTS = 64
+"""For how many the benchmark's costs are extrapolated."""
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 
 
@@ -96,6 +106,10 @@ def generate(
     show_weights: Annotated[
         bool, typer.Option("--show-weights", help="Colour each token by the expert it is due to.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write who did what when to this file, for https://ui.perfetto.dev."),
+    ] = None,
     local: Local = False,
 ) -> None:
     """Generate with a family, streaming the text as it comes."""
@@ -109,7 +123,8 @@ def generate(
             seed=seed,
             stop=tuple(stop or ()),
         )
-        options: FusionOptions = {}
+        options: FusionOptions = {"trace": trace is not None}
+        spans: list[Span] = []
         if rule is not None:
             options["rule"] = rule
         if select is not None:
@@ -126,9 +141,12 @@ def generate(
                 for piece in engine.stream(each, sampling, **options):
                     _show(piece, colours if show_weights else {})
                     whole.append(piece)
+                    spans += piece.spans
                 console.print()
                 if show_weights:
                     _legend(whole, colours)
+        if trace is not None:
+            trace.write_text(json.dumps(chrome_trace(spans)))
 
 
 def _names(listed: str) -> list[str]:
@@ -151,6 +169,121 @@ def _legend(pieces: Sequence[Output], colours: Mapping[str, str]) -> None:
         for name, colour in colours.items()
     ]
     console.print("; ".join([*parts, f"large model alone {carried.count(None)}"]), highlight=False)
+
+
+@app.command()
+def serve(
+    family: FamilyFile,
+    host: Annotated[str, typer.Option(help="0.0.0.0 is for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where it listens.", min=1, max=65535)] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What requests give as `model`; the file's name if not set.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, where the tokenizer has no chat template.")
+    ] = None,
+    max_queued: Annotated[int, typer.Option(help="Sequences that may wait for a slot.", min=0)] = (
+        256
+    ),
+    allow_expert_updates: Annotated[
+        bool, typer.Option("--allow-expert-updates", help="Let `dlf expert` change the family.")
+    ] = False,
+) -> None:
+    """Serve a family behind OpenAI's API, until ctrl-C. For a cluster: `serve deploy`.
+
+    The environment variable DLF_API_KEYS holds the keys, by commas, that requests have to bring.
+    """
+    from dlf_ray.replica import Model
+    from dlf_ray.serve import Settings, run_server
+
+    with _errors():
+        model = Model(family=str(family), chat_template=chat_template)
+        settings = Settings(
+            families={model_name or family.stem: model},
+            max_queued=max_queued,
+            allow_expert_updates=allow_expert_updates,
+        )
+        run_server(settings, host, port, say=partial(console.print, soft_wrap=True))
+
+
+expert = typer.Typer(help="Experts of a family that is being served.", no_args_is_help=True)
+app.add_typer(expert, name="expert")
+Url = Annotated[str, typer.Option(help="Where the family is served.")]
+ModelName = Annotated[str | None, typer.Option(help="Its name, where several are served.")]
+
+
+@expert.command("add")
+def expert_add(
+    name: Annotated[str, typer.Argument(help="The new expert's.")],
+    setting: Annotated[
+        list[str], typer.Argument(help="As in a family file: model=./math num_gpus=0.3 ...")
+    ],
+    url: Url = "http://127.0.0.1:8000",
+    model_name: ModelName = None,
+) -> None:
+    """Load one more expert; requests go on. Returns once it takes part in them."""
+    with _errors():
+        pairs = [each.partition("=") for each in setting]
+        if wrong := [key for key, sign, _ in pairs if not sign]:
+            raise ValueError(f"{wrong[0]!r} sets nothing; write it as {wrong[0]}=VALUE")
+        spec = {key: yaml.safe_load(value) for key, _, value in pairs}
+        if "model" in spec and Path(spec["model"]).is_dir():
+            spec["model"] = str(Path(spec["model"]).resolve())
+        _ask(url, "POST", "/v1/experts", {"model": model_name, "name": name, "expert": spec})
+        _await_expert(url, model_name, name, "ready")
+
+
+@expert.command("remove")
+def expert_remove(
+    name: Annotated[str, typer.Argument(help="Which one.")],
+    url: Url = "http://127.0.0.1:8000",
+    model_name: ModelName = None,
+) -> None:
+    """Take an expert out, once the requests that use it have ended."""
+    with _errors():
+        query = f"?{urlencode({'model': model_name})}" if model_name else ""
+        _ask(url, "DELETE", f"/v1/experts/{quote(name)}{query}")
+        _await_expert(url, model_name, name, None)
+
+
+@expert.command("list")
+def expert_list(url: Url = "http://127.0.0.1:8000", model_name: ModelName = None) -> None:
+    """The experts and their states."""
+    with _errors():
+        for name, state in _expert_states(url, model_name).items():
+            console.print(f"{name}: {state}", markup=False, highlight=False)
+
+
+def _expert_states(url: str, model_name: str | None) -> dict[str, str]:
+    query = f"?{urlencode({'model': model_name})}" if model_name else ""
+    listed = _ask(url, "GET", f"/v1/experts{query}")
+    return {each["id"]: each["state"] for each in listed["data"]}
+
+
+def _await_expert(url: str, model_name: str | None, name: str, wanted: str | None) -> None:
+    """Until the expert is in the wanted state. Raises `ValueError` if it could not join."""
+    with console.status(f"waiting for {name}"):
+        while (state := _expert_states(url, model_name).get(name)) != wanted:
+            if state and state.startswith("failed: "):
+                raise ValueError(state.removeprefix("failed: "))
+            time.sleep(0.5)
+    console.print(f"{name}: {wanted or 'gone'}", markup=False, highlight=False)
+
+
+def _ask(url: str, method: str, path: str, body: object = None) -> Any:
+    """A served family's answer. Raises `ValueError` with what it says where it refuses."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("DLF_API_KEYS", "").split(",")[0].strip():
+        headers["Authorization"] = f"Bearer {key}"
+    data = json.dumps(body).encode() if body is not None else None
+    request = Request(url.rstrip("/") + path, data, headers, method=method)
+    try:
+        with urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        raise ValueError(json.load(error)["error"]["message"]) from None
+    except URLError as error:
+        raise ValueError(f"nothing is served at {url} ({error.reason})") from None
 
 
 @app.command()
@@ -325,43 +458,76 @@ def bench(
     vocab: Annotated[int, typer.Option(help="Size of the vocabulary.", min=2)] = 32000,
     steps: Annotated[int, typer.Option(help="Steps a round.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.", min=1)] = 5,
+    forward_ms: Annotated[
+        float, typer.Option(help="What each forward pass takes: a sleep.", min=0)
+    ] = 0,
     items: Annotated[int, typer.Option(help="Items for the demo family; 0: none.", min=0)] = 200,
 ) -> None:
     """What a step of the engine costs by itself, and what batching and shared examples gain.
 
-    Steps: real actors, forward passes left out; beside them, the same bytes between as many
-    processes in one plain ZeroMQ round trip. Items: those of the demo family, in this process.
+    Steps: real actors on the nodes of the cluster, forward passes left out; beside them, the same
+    bytes between as many processes of this node in one plain ZeroMQ round trip. With several
+    numbers of experts and of rows, a fit of what grows with what. Items: those of the demo family,
+    in this process.
     """
     from dlf_ray import bench as measure
     from dlf_ray import demo as family_demo
 
     table = Table(
         "experts",
+        "on other\nnodes",
         "rows",
         "exchange\nms",
         "step\nms",
+        "forward\nin it, ms",
         "fusion\nin it, ms",
+        "rest\nms",
         "steps/s",
-        "step /\nexchange",
-        "step without\nfusion / exchange",
+        "step without\nforward / exchange",
+        "rest /\nexchange",
         box=box.SIMPLE,
         title=f"vocabulary {vocab}, medians of {rounds} rounds of {steps} steps",
     )
     with _errors():
         counts, sizes = ([int(size) for size in _names(listed)] for listed in (experts, rows))
-        for r in measure.bench(counts, sizes, vocab=vocab, steps=steps, rounds=rounds):
+        results = []
+        for r in measure.bench(
+            counts, sizes, vocab=vocab, steps=steps, rounds=rounds, forward_ms=forward_ms
+        ):
+            results.append(r)
             table.add_row(
                 str(r.experts),
+                f"{r.remote} of {r.messages}",
                 str(r.rows),
                 f"{r.exchange:.2f}",
                 f"{r.step:.2f}",
+                f"{r.forward:.2f}",
                 f"{r.fusion:.2f}",
-                f"{1000 / r.step:.0f}",
-                f"{r.step / r.exchange:.2f}",
-                f"{(r.step - r.fusion) / r.exchange:.2f}",
+                f"{r.rest:.2f}",
+                f"{1000 / r.step:.1f}",
+                f"{(r.step - r.forward) / r.exchange:.2f}",
+                f"{r.rest / r.exchange:.2f}",
             )
             console.print(f"measured {r.experts} experts, {r.rows} rows", style="dim")
         console.print(table)
+        if costs := measure.Costs.fit(results):
+            console.print(
+                f"rest = {costs.step:.2f} ms + {costs.message:.3f} ms x models "
+                f"+ {costs.megabyte:.3f} ms x MB of logits; "
+                f"fusion = {costs.row:.3f} ms x experts x rows",
+                highlight=False,
+                soft_wrap=True,
+            )
+            for size in sizes:
+                far = costs.predict(FAR_EXPERTS, size, vocab)
+                wires = " and ".join(f"{far.wire(g):.2f} ms at {g} Gb/s" for g in (100, 400))
+                console.print(
+                    f"extrapolated to {FAR_EXPERTS} experts, rows {size}: {far.megabytes:.1f} MB, "
+                    f"rest {far.rest:.1f} ms, fusion {far.fusion:.1f} ms; "
+                    f"a network alone would take {wires}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         if not items:
             return
         folder = family_demo.build()

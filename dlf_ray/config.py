@@ -25,13 +25,6 @@ LARGE, BASE = "large", "base"
 """The fixed names of two models of every family; all other names are experts."""
 
 
-def _check_resources(num_cpus: float, num_gpus: float) -> None:
-    if not num_cpus > 0 or not num_gpus >= 0:
-        raise ValueError("`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)")
-    if num_gpus > 1 and num_gpus != int(num_gpus):
-        raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
-
-
 def check_bounds(bounds: tuple[float, float]) -> None:
     if not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"`bounds` must be [low, high] with low < high, not {list(bounds)}")
@@ -41,7 +34,40 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """A mapping in the family file."""
 
 
-class ModelSpec(_Section, frozen=True):
+class ActorOptions(_Section, frozen=True):
+    """What an actor asks of the cluster, in Ray's words for it."""
+
+    num_cpus: float = 1
+    """CPUs; torch uses as many threads (at least one)."""
+    num_gpus: float = 0
+    """GPUs; 0 runs on CPU, a fraction shares one, more than 1 spreads a model's layers."""
+    memory: int | None = None
+    """Main memory in bytes, where the node has to have room for it."""
+    accelerator_type: str | None = None
+    """Which GPU, by Ray's name for it, such as `A100`."""
+    resources: dict[str, float] = {}
+    """Custom resources that the node has to have, and how much of them is taken."""
+    label_selector: dict[str, str] = {}
+    """Labels that the node has to have; only Ray's second autoscaler starts nodes for them."""
+
+    def __post_init__(self) -> None:
+        if not self.num_cpus > 0 or not self.num_gpus >= 0:
+            raise ValueError(
+                "`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)"
+            )
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"`num_gpus` above 1 must be a whole number, not {self.num_gpus}")
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"`memory` is a number of bytes above 0, not {self.memory}")
+        for name, amount in self.resources.items():
+            own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}.get(name)
+            if own:
+                raise ValueError(f"`resources` are custom ones: {name} is set by `{own}`")
+            if not 0.0001 <= amount < math.inf:
+                raise ValueError(f"`resources` must be 0.0001 or more, not {name}: {amount}")
+
+
+class ModelSpec(ActorOptions, frozen=True, kw_only=True):
     """One causal language model of the Hugging Face kind, and what its actor may use."""
 
     model: str
@@ -50,16 +76,12 @@ class ModelSpec(_Section, frozen=True):
     """Where the tokenizer is, if not beside the weights."""
     dtype: DType = "auto"
     """`auto` is what the checkpoint says."""
-    num_gpus: float = 0
-    """GPUs of this actor; 0 runs on CPU, a fraction shares one, more than 1 spreads the layers."""
-    num_cpus: float = 1
-    """CPUs of this actor; torch uses as many threads (at least one)."""
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise ValueError("`model` is empty: give a local folder or a hub id")
-        _check_resources(self.num_cpus, self.num_gpus)
 
 
 class ExpertSpec(ModelSpec, frozen=True):
@@ -98,8 +120,11 @@ class Fusion(_Section, frozen=True):
             raise ValueError(f"`weights` belong to rule static; rule {self.rule} finds its own")
 
 
-class EngineConfig(_Section, frozen=True):
-    """Limits and resources of one engine."""
+class EngineConfig(ActorOptions, frozen=True):
+    """Limits of one engine, and what its coordinator asks of the cluster.
+
+    The coordinator fuses on a GPU if it has one.
+    """
 
     max_num_seqs: int = 64
     """Sequences decoded together (slots in every model's cache)."""
@@ -109,17 +134,17 @@ class EngineConfig(_Section, frozen=True):
     """Tokens that one model computes in one step; longer prompts are cut into chunks."""
     enable_prefix_caching: bool = True
     """Sequences that begin alike start from a copy of what another has computed."""
-    num_cpus: float = 1
-    """CPUs of the coordinator."""
-    num_gpus: float = 0
-    """GPUs of the coordinator, which fuses there if it has one."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     placement_timeout_s: float = 60.0
-    """How long to wait for resources that the cluster has but others are using."""
+    """How long to wait for resources that others are using, and for nodes that are started."""
     step_timeout_s: float = 300.0
-    """A model that has not answered a step for so long is taken for dead."""
+    """A model that has not answered a step for so long hangs: its process is killed, and restarted
+    like any that died."""
+    on_expert_loss: Literal["wait", "drop"] = "wait"
+    """While an expert restarts, its requests wait for it, or go on without it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1")
@@ -128,7 +153,6 @@ class EngineConfig(_Section, frozen=True):
                 f"`max_num_batched_tokens` ({self.max_num_batched_tokens}) must be at least "
                 f"`max_num_seqs` ({self.max_num_seqs}): every running sequence decodes one token"
             )
-        _check_resources(self.num_cpus, self.num_gpus)
 
 
 class Family(_Section, frozen=True):
@@ -201,10 +225,28 @@ class Family(_Section, frozen=True):
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML forbids it, PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(
+                    f"`{key.value}` stands twice in one mapping, in line {lines[key.value]} and "
+                    f"in line {line}: rename or remove one"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """Raises `FileNotFoundError` and `ValueError` that name the file."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except yaml.YAMLError as error:

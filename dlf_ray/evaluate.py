@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from dlf_ray.config import BASE, LARGE, Family, ModelSpec, Select, converted, read_yaml
-from dlf_ray.frontend import BaseEngine, FusionOptions, Output, resolve
+from dlf_ray.config import BASE, LARGE, Family, Select, converted, read_yaml
+from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output, resolve
 from dlf_ray.messages import SamplingParams
 from dlf_ray.results import UPPER_BOUND, Results
 from dlf_ray.tasks import Choice, Item, Response, Scores, Task, get_task, own_task
@@ -32,6 +32,8 @@ METHODS = (
     + ", each of the last with @NAME+NAME for some of the experts only"
 )
 LOG_EVERY_S = 10.0
+RESTARTS = 3
+"""Engines that may die one after the other without an answer in between."""
 
 
 class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -322,17 +324,25 @@ def run(
                 model = experiment.upper_bound.format(task=task.name)
                 plans.setdefault(model, []).append((spec, task, mine, UPPER_BOUND))
         for model, parts in plans.items():
-            todo = [
+            chosen = _alone(family, model, Path(experiment.family)) if model else family
+            deaths = 0
+            while todo := [
                 (spec, task, left, method)
                 for spec, task, items, method in parts
                 if (left := [i for i in items if (task.name, method, i.id) not in results.done])
-            ]
-            if not todo:
-                continue
-            chosen = _alone(family, model, Path(experiment.family)) if model else family
-            with start(chosen) as engine:
-                for part in todo:
-                    failures += _run_part(engine, experiment, results, *part, provenance, log)
+            ]:
+                before = len(results.done)
+                with start(chosen) as engine:
+                    try:
+                        for part in todo:
+                            failed = _run_part(engine, experiment, results, *part, provenance, log)
+                            failures += failed
+                        break
+                    except EngineError as error:
+                        deaths = deaths + 1 if len(results.done) == before else 1
+                        if deaths > RESTARTS:
+                            raise
+                        log(f"warning: {error}; going on with another engine")
     if failures:
         raise RuntimeError(
             f"{len(failures)} items failed; run again to try them again. First: {failures[0]}"
@@ -439,11 +449,12 @@ def _logged(
 def _alone(family: Family, model: str, file: Path) -> Family:
     """A family in which one model stands for the large one, with nothing to steer it."""
     local = file.parent / model
-    spec = ModelSpec(
+    # Where the large one runs, this one does: they are of a size.
+    spec = msgspec.structs.replace(
+        family.large,
         model=str(local.resolve()) if local.exists() else model,
-        dtype=family.large.dtype,
-        num_gpus=family.large.num_gpus,
-        num_cpus=family.large.num_cpus,
+        tokenizer=None,
+        trust_remote_code=False,
     )
     return Family(large=spec, base=family.base, experts={}, engine=family.engine)
 

@@ -26,6 +26,7 @@ from dlf_ray.messages import (
     Request,
     SamplingParams,
 )
+from dlf_ray.metrics import Span
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids as they are."""
@@ -52,6 +53,8 @@ class FusionOptions(TypedDict, total=False):
     bounds: Mapping[str, tuple[float, float]]
     alone: str
     """One model answers by itself, unfused."""
+    trace: bool
+    """Record what every actor does for the request (`Output.spans`)."""
 
 
 @dataclass
@@ -68,29 +71,52 @@ class Output:
     """The expert that weighed most, per token; None where the large model spoke for itself."""
     kl: list[tuple[float, float]] = field(default_factory=list)
     """KL(fused || large) and KL(large || fused) in nats, per token."""
+    lost: list[str] = field(default_factory=list)
+    """Experts that some of the tokens had to do without (`on_expert_loss: drop`)."""
     logprobs: list[float] = field(default_factory=list)
-    """From `score`: the log-probability of each token under the fused distribution, in nats."""
+    """From `score`, or with `logprobs`: the log-probability of each token under the fused
+    distribution, in nats."""
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    """With `logprobs` above 0: those of the most probable tokens, in that order, per token."""
     greedy: list[bool] = field(default_factory=list)
     """From `score`: whether each token is the most probable one."""
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """With `prompt_logprobs`: as `logprobs`, for the tokens of the prompt but the first."""
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     """`stop` (an end token or a stop string), `length`, `error`; None while more is to come."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token that ended the text; None for the model's own end token."""
     error: str | None = None
     """Why the request failed, where it did."""
+    spans: list[Span] = field(default_factory=list)
+    """With `trace`, at the end: what every actor did for the request; see `metrics`."""
 
-    def add(self, chunk: Chunk, experts: Sequence[str]) -> Output:
+    def add(self, chunk: Chunk, request: Request) -> Output:
         """Appends what one step brought."""
+        # Of a prompt that is scored, there are log-probabilities only; `score` is about no other
+        # tokens.
+        start = 0 if request.sampling.prompt_logprobs is None else chunk.given
+        top = [dict(each) for each in chunk.top_logprobs]
         self.text += chunk.text
-        self.token_ids += chunk.token_ids
-        self.pieces += [chunk.text] if chunk.token_ids and not chunk.logprobs else []
-        self.kl += chunk.kl
-        self.logprobs += chunk.logprobs
-        self.greedy += chunk.greedy
-        for weights in chunk.weights:
-            named = dict(zip(experts, weights, strict=True))
+        self.token_ids += chunk.token_ids[start:]
+        self.pieces += [chunk.text] if len(chunk.token_ids) > chunk.given else []
+        self.kl += chunk.kl[start:]
+        self.lost += [name for name in chunk.lost if name not in self.lost]
+        self.greedy += chunk.greedy[start : chunk.given]
+        self.prompt_logprobs += chunk.logprobs[:start]
+        self.prompt_top_logprobs += top[:start]
+        if start == 0 or request.sampling.logprobs is not None:
+            self.logprobs += chunk.logprobs[start:]
+            self.top_logprobs += top[start:]
+        for weights in chunk.weights[start:]:
+            named = dict(zip(request.fusion.experts, weights, strict=True))
             self.weights.append(named)
             loudest = max(named, key=lambda name: abs(named[name]), default=None)
             self.experts.append(loudest if loudest and named[loudest] else None)
-        self.finish_reason, self.error = chunk.finish_reason, chunk.error
+        self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
+        self.error = chunk.error
+        self.spans += chunk.spans
         return self
 
 
@@ -201,7 +227,7 @@ class BaseEngine(ABC):
             while left:
                 chunk = self._wait(mailbox)
                 number = numbers[chunk.id]
-                outputs[number].add(chunk, requests[number].fusion.experts)
+                outputs[number].add(chunk, requests[number])
                 if chunk.finish_reason:
                     left -= 1
                     yield number, outputs[number]
@@ -220,7 +246,7 @@ class BaseEngine(ABC):
         mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         with self._open([request], mailbox.put):
             while True:
-                output = Output().add(self._wait(mailbox), request.fusion.experts)
+                output = Output().add(self._wait(mailbox), request)
                 if output.error:
                     raise RuntimeError(output.error)
                 yield output
@@ -238,7 +264,8 @@ class BaseEngine(ABC):
         many = _listed(prompts)
         params = resolve(self.family, fusion)
         if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(many)
+            default = SamplingParams() if continuations is None else SamplingParams(max_tokens=0)
+            sampling = [sampling or default] * len(many)
         for what, given in (("sampling parameters", sampling), ("continuations", continuations)):
             if given is not None and len(given) != len(many):
                 raise ValueError(f"{len(many)} prompts but {len(given)} {what}")
@@ -249,6 +276,13 @@ class BaseEngine(ABC):
                 rest: tuple[int, ...] = ()
                 if continuations is not None:
                     shared, own, rest = self._continued(prompt, shared, own, continuations[number])
+                elif each.prompt_logprobs is not None:
+                    if own:
+                        raise ValueError(
+                            "`prompt_logprobs` needs one prompt for all models: whose would it "
+                            "be? `score` takes prompts of their own and a common continuation"
+                        )
+                    shared, rest = shared[:1], shared[1:]
                 request = Request(
                     id=next(self._ids),
                     prompt=shared,
@@ -256,6 +290,7 @@ class BaseEngine(ABC):
                     continuation=rest,
                     sampling=each,
                     fusion=params,
+                    trace=fusion.get("trace", False),
                 )
                 self.limits.check(request)
             except ValueError as error:
@@ -347,7 +382,7 @@ def resolve(family: Family, options: FusionOptions) -> FusionParams:
     if alone is not None:
         if alone not in family.models:
             raise ValueError(f"no model {alone!r} in the family; it has {list(family.models)}")
-        if clash := set(options) - {"alone"}:
+        if clash := set(options) - {"alone", "trace"}:
             raise ValueError(f"`alone` leaves nothing to fuse; drop {sorted(clash)}")
     experts = () if alone else tuple(options.get("experts", family.experts))
     bounds, weights = options.get("bounds", {}), options.get("weights", {})

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -92,6 +92,7 @@ def load_model(spec: ModelSpec) -> Any:
     )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(pickled)
+    _check_weights(folder)
     too_large = (
         f"{spec.model} does not fit in the memory of its {spec.num_gpus:g} GPUs: raise `num_gpus` "
         "in the family file, or set `dtype: bfloat16`"
@@ -133,6 +134,7 @@ def _load_adapter(spec: ModelSpec, adapter: Path) -> Any:
     base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"{spec.model} is an adapter of {base}: pip install peft to load it")
+    _check_weights(Path(spec.model))
     if not base:
         raise ValueError(f"{adapter} names no `base_model_name_or_path` to put the adapter on")
     from peft import PeftModel
@@ -143,6 +145,18 @@ def _load_adapter(spec: ModelSpec, adapter: Path) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot put the adapter {spec.model} on {base}: {error}") from error
     return merged.merge_and_unload().eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises `ValueError` for a file that was cut off, before the others are read for minutes."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # compares its header with its size
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged or incomplete ({error}): download or copy it again"
+            ) from error
 
 
 def _check_folder(name: str) -> None:

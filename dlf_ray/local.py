@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dlf_ray.config import Family
 from dlf_ray.coordinator import Coordinator
 from dlf_ray.frontend import BaseEngine, decoder, limits_of, raised
-from dlf_ray.messages import Chunk, Logits, Plan, Request
+from dlf_ray.messages import Chunk, Failed, Logits, Lost, Plan, Ready, Request
+from dlf_ray.metrics import Sink
 from dlf_ray.worker import ModelWorker, check_vocabularies
 
 
@@ -24,19 +25,25 @@ class LocalFabric:
     def send(self, plans: Mapping[str, Plan]) -> None:
         """Nothing travels: `receive` computes."""
 
-    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | str]]:
+    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | Failed]]:
         for name in reversed(self._workers):
             if name in plans:
-                try:
-                    yield name, self._workers[name].compute(plans[name])
-                except Exception as error:
-                    yield name, f"{type(error).__name__}: {error}"
+                yield name, self._workers[name].answer(plans[name])
+
+    def changes(self) -> Iterator[tuple[str, Lost | Ready]]:
+        """None: models that are objects here come and go with this one."""
+        return iter(())
 
 
 class LocalEngine(BaseEngine):
     """Generates in this process; each wait for a chunk advances all running requests."""
 
-    def __init__(self, family: Family, worker: Callable[..., ModelWorker] = ModelWorker) -> None:
+    def __init__(
+        self,
+        family: Family,
+        worker: Callable[..., ModelWorker] = ModelWorker,
+        metrics: Sink | None = None,
+    ) -> None:
         """Loads all models. `worker` makes one of (spec, engine config)."""
         super().__init__(family)
         workers = {name: worker(spec, family.engine) for name, spec in family.models.items()}
@@ -50,6 +57,7 @@ class LocalEngine(BaseEngine):
             decode=decoder(self.tokenizer),
             engine=family.engine,
             device="cuda" if family.engine.num_gpus else "cpu",
+            metrics=metrics,
         )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ Two kinds of traffic, neither of them pickled:
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 Ints = npt.NDArray[np.int32]
+MAX_LOGPROBS = 20
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -30,31 +32,69 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """
 
     max_tokens: int = 16
+    """0 generates nothing: only a prompt or a continuation is scored."""
+    min_tokens: int = 0
+    """Before so many tokens, nothing ends the text."""
     temperature: float = 0.0
     """0 takes the most probable token."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps every token."""
+    min_p: float = 0.0
+    """Keep tokens at least so probable as this times the most probable one."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of generated tokens."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of generated tokens, once for each time they were generated."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens of the prompt or the answer are divided by it, or multiplied if negative."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of single tokens."""
     seed: int | None = None
     """The same seed draws the same tokens, whatever else is in the batch."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Give the log-probability of each generated token and of so many most probable ones, under
+    the fused distribution before temperature and penalties."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             raise ValueError(f"`stop` is a list of strings; write stop=[{self.stop!r}]")
         if any(not text for text in self.stop):
             raise ValueError("`stop` holds an empty string, which would end every text at once")
-        if self.max_tokens < 1:
-            raise ValueError(f"`max_tokens` must be at least 1, not {self.max_tokens}")
+        if self.max_tokens < 0:
+            raise ValueError(f"`max_tokens` must be 0 or more, not {self.max_tokens}")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"`min_tokens` must be within 0 and `max_tokens`, not {self.min_tokens}"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"`top_k` must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"`min_p` must be within 0 and 1, not {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"`{name}` must be within -2 and 2, not {getattr(self, name)}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(
+                f"`repetition_penalty` must be within 0.01 and 100, not {self.repetition_penalty}"
+            )
+        if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise ValueError("`logit_bias` must be within -100 and 100 for each token")
+        for name in ("logprobs", "prompt_logprobs"):
+            if not 0 <= (getattr(self, name) or 0) <= MAX_LOGPROBS:
+                raise ValueError(
+                    f"`{name}` must be within 0 and {MAX_LOGPROBS}, not {getattr(self, name)}"
+                )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"`seed` must be in [0, 2**64), not {self.seed}")
 
@@ -77,6 +117,23 @@ class FusionParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     alone: str | None = None
     """One model of the family answers by itself, unfused: what comparisons need."""
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that must compute for this fusion, first to last."""
+        if self.alone:
+            return (self.alone,)
+        return ("large", "base", *self.experts) if self.experts else ("large",)
+
+    def without(self, lost: Collection[str]) -> FusionParams:
+        """The same fusion over the other experts."""
+        kept = [at for at, name in enumerate(self.experts) if name not in lost]
+        return msgspec.structs.replace(
+            self,
+            experts=tuple(self.experts[at] for at in kept),
+            bounds=tuple(self.bounds[at] for at in kept),
+            weights=tuple(self.weights[at] for at in kept) if self.weights else (),
+        )
+
 
 class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """Client to coordinator: one prompt to go on with."""
@@ -87,16 +144,16 @@ class Request(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompts: dict[str, tuple[int, ...]] = {}
     """Prompts of single models where they differ from `prompt`."""
     continuation: tuple[int, ...] = ()
-    """Tokens to be scored after the prompt; without any, tokens are generated."""
+    """Tokens to be scored after the prompt, before any are generated."""
     sampling: SamplingParams = SamplingParams()
     fusion: FusionParams
+    trace: bool = False
+    """Record what every actor does for it, step by step."""
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models that must compute for this request, those of its fusion first to last."""
-        if self.fusion.alone:
-            return (self.fusion.alone,)
-        return ("large", "base", *self.fusion.experts) if self.fusion.experts else ("large",)
+        return self.fusion.models
 
     def prompt_of(self, model: str) -> tuple[int, ...]:
         return self.prompts.get(model, self.prompt)
@@ -117,14 +174,24 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
     """The weight of each of the request's experts, per token."""
+    lost: tuple[str, ...] = ()
+    """Those of the experts that took no part, as they were lost (`on_expert_loss: drop`)."""
     kl: tuple[tuple[float, float], ...] = ()
     """KL(fused || large) and KL(large || fused) in nats, per token."""
+    given: int = 0
+    """How many of the tokens, the first ones, were not chosen but are of the continuation."""
     logprobs: tuple[float, ...] = ()
-    """Of a continuation: the log-probability of each token under the fused distribution."""
+    """The log-probability of each token under the fused distribution, where that was asked for."""
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """As many of the most probable tokens as asked for, with theirs, per token."""
     greedy: tuple[bool, ...] = ()
     """Of a continuation: whether each token is the most probable one."""
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or the id of the stop token that ended the text."""
     error: str | None = None
+    spans: tuple[tuple[str, str, float, float], ...] = ()
+    """With the end of a request that is traced: see `metrics.Span`."""
 
 
 class Chunks(msgspec.Struct, frozen=True, tag=True):
@@ -143,17 +210,67 @@ class Timings(msgspec.Struct, frozen=True, tag=True):
     steps: int
     seconds: dict[str, float]
     """Stages of a step (`plan`, `wait`, `aim`, `weigh`, `sample`, `commit`) and `forward NAME`."""
+    recoveries: tuple[Recovery, ...] = ()
+    """The losses of models that are over, oldest first."""
+
+
+LossReason = Literal["died", "hung", "out of memory"]
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """A model lost its state, and has it again."""
+
+    model: str
+    reason: LossReason
+    seconds: float
+    """From the moment the loss was noticed until the model's logits were used again."""
+
+
+class AddModel(msgspec.Struct, frozen=True, tag=True):
+    """Client to coordinator: make room for one more expert. Answered twice by `Done`: with what the
+    worker needs to connect, and once it has."""
+
+    name: str
+    length: int
+    """The tokens that a sequence may have in it."""
+
+
+class RemoveModel(msgspec.Struct, frozen=True, tag=True):
+    """Client to coordinator: take no more requests for an expert; `Done` once none is under way."""
+
+    name: str
+
+
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """Client to coordinator: a lost expert will not come back; fail what cannot do without it."""
+
+    name: str
+    error: str
+
+
+class Process(msgspec.Struct, frozen=True):
+    """One process of the cluster; the time tells it from a later one of the same number."""
+
+    node: str = ""
+    pid: int = 0
+    created: float = 0.0
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Worker to coordinator, once connected: the model is loaded and waits for plans."""
+    """Worker to coordinator, once connected: the model is loaded, remembers nothing, and waits for
+    plans. From a worker that has said it before, it means that its process was restarted."""
 
     shared: bool
     """Whether it could open the coordinator's shared memory, that is, is on the same node."""
+    process: Process = Process()
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Engine to coordinator, coordinator to worker: end your loop."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to worker: nothing to do. That it could be sent says that there is a worker."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -161,6 +278,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     step: int
     error: str
+    out_of_memory: bool = False
+    """Then the worker has forgotten all it had computed, for room."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A model is away, and what it had computed with it."""
+
+    reason: LossReason
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model waits for plans, with nothing computed: it is new, or back."""
 
 
 @dataclass(frozen=True)
@@ -226,15 +358,18 @@ class Logits:
     """[R]: whether a row is free of NaN and infinities."""
     seconds: float
     """Wall-clock seconds of the forward pass."""
+    began: float = 0.0
+    """When that began, in seconds since 1970 by the worker's clock."""
 
-    HEADER = struct.Struct("<4sQIIBd")
+    HEADER = struct.Struct("<4sQIIBdd")
     MAGIC = b"dlfL"
     DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
     def header(self) -> bytes:
         rows, vocab = self.values.shape
         kind = self.DTYPES.index(self.values.dtype)
-        packed = self.HEADER.pack(self.MAGIC, self.step, rows, vocab, kind, self.seconds)
+        times = self.seconds, self.began
+        packed = self.HEADER.pack(self.MAGIC, self.step, rows, vocab, kind, *times)
         return packed + self.finite.tobytes()
 
     @classmethod
@@ -242,7 +377,7 @@ class Logits:
         """The tensor is a view of `values`. Raises `ValueError` where the two are not logits."""
         if len(header) < cls.HEADER.size:
             raise ValueError("logits with a header cut short")
-        magic, step, rows, vocab, kind, seconds = cls.HEADER.unpack_from(header)
+        magic, step, rows, vocab, kind, seconds, began = cls.HEADER.unpack_from(header)
         if magic != cls.MAGIC or kind >= len(cls.DTYPES) or len(header) != cls.HEADER.size + rows:
             raise ValueError("not logits, or logits of a broken header")
         dtype = cls.DTYPES[kind]
@@ -254,7 +389,7 @@ class Logits:
         else:
             tensor = torch.empty(0, vocab, dtype=dtype)
         finite = np.frombuffer(header, dtype=np.bool_, offset=cls.HEADER.size)
-        return cls(step, tensor, finite, seconds)
+        return cls(step, tensor, finite, seconds, began)
 
 
 @dataclass(frozen=True)
@@ -286,12 +421,21 @@ class Limits:
     def experts(self) -> tuple[str, ...]:
         return tuple(self.lengths)[2:]
 
+    def having(self, lengths: dict[str, int]) -> Limits:
+        """The limits of the same family with other experts."""
+        return Limits(lengths, self.vocab, self.eos_token_ids)
+
     def check(self, request: Request) -> None:
         """Raises `ValueError`, saying what to change, where the request cannot be served."""
         fusion = request.fusion
         for name in (*request.prompts, *fusion.experts, *([fusion.alone] if fusion.alone else [])):
             if name not in self.lengths:
                 raise ValueError(f"no model {name!r} in the family; it has {list(self.lengths)}")
+        if not (request.sampling.max_tokens or request.continuation):
+            raise ValueError(
+                "`max_tokens` must be at least 1 where there is nothing to score (a prompt of two "
+                "tokens with `prompt_logprobs`, or a continuation)"
+            )
         if len(fusion.bounds) != len(fusion.experts):
             raise ValueError("one pair of bounds for each expert is needed")
         if fusion.rule == "static" and len(fusion.weights) != len(fusion.experts):
@@ -302,26 +446,31 @@ class Limits:
                 raise ValueError(
                     "the prompt is empty; give at least one token (the model's BOS token, say)"
                 )
-            if (
-                request.continuation
-                and len(tokens) + len(request.continuation) - 1 > (self.lengths[name])
-            ):
+            size, room = len(tokens) + len(request.continuation), self.lengths[name]
+            if not request.sampling.max_tokens and size - 1 > room:
                 raise ValueError(
-                    f"prompt and continuation have {len(tokens) + len(request.continuation)} "
-                    f"tokens, of which model {name!r} takes {self.lengths[name]}; shorten the "
-                    "prompt or raise `engine.max_model_len`, if the model's context allows"
+                    f"prompt and continuation have {size} tokens, of which model {name!r} takes "
+                    f"{room}; shorten the prompt or raise `engine.max_model_len`, if the model's "
+                    "context allows"
                 )
-            if not request.continuation and len(tokens) >= self.lengths[name]:
+            if request.sampling.max_tokens and size >= room:
                 raise ValueError(
-                    f"the prompt of model {name!r} has {len(tokens)} tokens, which leaves no room "
-                    f"to answer in its {self.lengths[name]}; shorten it or raise "
-                    "`engine.max_model_len`, if the model's context allows"
+                    f"the prompt of model {name!r} has {size} tokens, which leaves no room "
+                    f"to answer in its {room}; shorten it or raise `engine.max_model_len`, if the "
+                    "model's context allows"
                 )
             tokens = tokens + request.continuation
             if not 0 <= min(tokens) <= max(tokens) < self.vocab:
                 raise ValueError(f"a prompt token is outside the vocabulary of {self.vocab}")
+        for what in ("logit_bias", "stop_token_ids"):
+            for token in getattr(request.sampling, what):
+                if not 0 <= token < self.vocab:
+                    raise ValueError(
+                        f"`{what}` names token {token}, outside the vocabulary of {self.vocab}"
+                    )
 
     def room(self, request: Request) -> int:
         """The most tokens that may be generated for `request`."""
+        given = len(request.continuation)
         rooms = (self.lengths[name] - len(request.prompt_of(name)) for name in request.models)
-        return min(request.sampling.max_tokens, *rooms)
+        return min(request.sampling.max_tokens, *(room - given for room in rooms))

@@ -107,6 +107,14 @@ class Runner:
             out[torch.from_numpy(rows).to(out.device)] = part.to(out.device)
         return out
 
+    def forget(self) -> None:
+        """Gives the memory of the cache back; every sequence has to start at 0 again."""
+        self._cache = SlotCache(len(self._computed), self._length)
+        self._computed[:] = 0
+        self._written[:] = False
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _check(self, plan: Plan) -> None:
         """Raises `ValueError` for a plan that would read or write what it must not."""
         slots, starts, lengths, tokens = plan.slots, plan.starts, plan.lengths, plan.tokens

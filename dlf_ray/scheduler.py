@@ -6,6 +6,9 @@ that must catch up with its tokens. A prompt is many tokens behind, a decoding s
 Sequences that begin alike (few-shot examples, the choices of one question) share what is computed:
 a slot remembers its tokens after its sequence has ended, and a new sequence starts from a copy of
 the longest beginning that any slot holds. While that is still being computed, it waits.
+
+A model that lost its cache is one that is far behind: it catches up as with a prompt. While it is
+away, its sequences are held, or go on without it where it is an expert that may be dropped.
 """
 
 from __future__ import annotations
@@ -45,21 +48,26 @@ class Sequence:
     """Tokens of the continuation that have their log-probability."""
 
     @property
+    def generates(self) -> bool:
+        return self.request.sampling.max_tokens > 0
+
+    @property
     def tail(self) -> int:
         """The last tokens that all models compute in the same steps, since their logits meet there:
         the newest one while generating, those before the rest of a continuation while scoring."""
-        return len(self.request.continuation) - self.scored or 1
+        return len(self.request.continuation) - self.scored + self.generates
 
     def tokens(self, model: str, start: int, stop: int) -> list[int]:
         prompt = self.request.prompt_of(model)
-        after = self.request.continuation or self.generated
+        given = self.request.continuation
+        after = [*given, *self.generated] if given else self.generated
         if start >= len(prompt):
-            return list(after[start - len(prompt) : stop - len(prompt)])
+            return after[start - len(prompt) : stop - len(prompt)]
         return [*prompt[start:stop], *after[: max(0, stop - len(prompt))]]
 
     def behind(self, model: str) -> int:
-        """Tokens that the model has not computed yet; the last of a continuation need not be."""
-        after = max(len(self.generated), len(self.request.continuation) - 1)
+        """Tokens that the model has not computed yet; the last one need not be if none follows."""
+        after = len(self.request.continuation) + len(self.generated) - (not self.generates)
         return len(self.request.prompt_of(model)) + after - self.computed[model]
 
 
@@ -91,13 +99,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        drop_experts: bool = False,
     ) -> None:
         self.enable_prefix_caching = enable_prefix_caching
+        self.drop_experts = drop_experts
+        """Whether sequences go on without an expert that is away."""
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_rows = max_num_seqs
         """Rows of logits in a step: one for each running sequence, so scoring has to share."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.away: set[str] = set()
+        """Models that cannot compute now."""
+        self._room = max_num_seqs
+        """Sequences that may run; less than there are slots after memory ran out."""
         self._free = list(range(max_num_seqs))
         self._last: dict[int, Sequence] = {}
         """Whose tokens each slot holds, running or ended."""
@@ -107,7 +122,13 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def held(self, sequence: Sequence) -> bool:
+        """Whether one of its models is away."""
+        return not self.away.isdisjoint(sequence.computed)
+
     def add(self, sequence: Sequence) -> None:
+        for model in self.away:
+            self._reset(sequence, model)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence, *, failed: bool = False) -> None:
@@ -118,8 +139,60 @@ class Scheduler:
             return
         self.running.remove(sequence)
         heapq.heappush(self._free, sequence.slot)
+        self._room += 1
         if failed:
             del self._last[sequence.slot]
+
+    def retract(self, sequence: Sequence, count: int) -> None:
+        """Takes back the last positions that a step computed of a sequence, as it will not have
+        their logits; all of its models are to meet there again."""
+        for model in sequence.computed:
+            sequence.computed[model] -= count
+
+    def lose(self, model: str, *, away: bool) -> None:
+        """A model has nothing in its cache any more; `away` until `find` it cannot compute."""
+        if away:
+            self.away.add(model)
+        for sequence in self._known():
+            self._reset(sequence, model)
+
+    def find(self, model: str) -> None:
+        """A model can compute again: it catches up with all sequences that it is part of."""
+        self.away.discard(model)
+        for sequence in self._known():
+            if model in sequence.request.models:
+                sequence.computed.setdefault(model, 0)
+
+    def remove_model(self, model: str) -> None:
+        """Forgets a model that no sequence under way uses; another may have its name later."""
+        self.away.discard(model)
+        for sequence in self._last.values():
+            sequence.computed.pop(model, None)
+
+    def preempt(self) -> None:
+        """Sends the youngest half of what runs back to the front of the queue, to be computed anew,
+        and lets no more run than are left (one at least) until some of those have ended."""
+        kept = len(self.running) // 2
+        for sequence in reversed(self.running[kept:]):
+            heapq.heappush(self._free, sequence.slot)
+            del self._last[sequence.slot]
+            sequence.slot = -1
+            sequence.sources.clear()
+            sequence.computed = dict.fromkeys(sequence.computed, 0)
+            self.waiting.appendleft(sequence)
+        del self.running[kept:]
+        self._room = max(1, kept)
+
+    def _known(self) -> list[Sequence]:
+        """Waiting, running, and ended ones that others may start from."""
+        return [*self.waiting, *self._last.values()]
+
+    def _reset(self, sequence: Sequence, model: str) -> None:
+        sequence.sources.pop(model, None)
+        if self.drop_experts and model in self.away and model in sequence.request.fusion.experts:
+            sequence.computed.pop(model, None)
+        elif model in sequence.computed:
+            sequence.computed[model] = 0
 
     def plan(self) -> Step:
         """The next step, which counts as computed from here on.
@@ -136,7 +209,8 @@ class Scheduler:
         chunks: dict[str, list[tuple[Sequence, int, int]]] = {}
         ready: dict[Sequence, int] = {}
         # A stable sort: first those that all of their models have caught up with.
-        for sequence in sorted(self.running, key=lambda s: max(map(s.behind, s.computed)) > 1):
+        able = [sequence for sequence in self.running if not self.held(sequence)]
+        for sequence in sorted(able, key=lambda s: max(map(s.behind, s.computed)) > 1):
             tail = sequence.tail
             budget = {m: left.get(m, self.max_num_batched_tokens) for m in sequence.computed}
             catch_up = {m: max(0, sequence.behind(m) - tail) for m in sequence.computed}
@@ -165,8 +239,13 @@ class Scheduler:
     def _admit(self) -> None:
         """Gives slots to waiting sequences, but to those not yet whose beginning is under way."""
         later = []
-        for _ in range(min(len(self._free), len(self.waiting))):
+        tries = min(len(self._free), self._room - len(self.running))
+        while self.waiting and tries > 0:
             sequence = self.waiting.popleft()
+            if self.held(sequence):
+                later.append(sequence)
+                continue
+            tries -= 1
             if self.enable_prefix_caching and not self._share(sequence):
                 later.append(sequence)
                 continue
@@ -194,7 +273,7 @@ class Scheduler:
                 have = 0 if model in other.sources else min(most, other.computed[model])
                 if have >= WORTH_SHARING and have > starts[model]:
                     starts[model], sequence.sources[model] = have, other
-                if other in self.running:
+                if other in self.running and not self.held(other):
                     coming[model] = max(coming[model], most)
         if any(coming[model] >= starts[model] + WORTH_SHARING for model in starts):
             sequence.sources.clear()

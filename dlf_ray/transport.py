@@ -10,6 +10,11 @@ memory file that the coordinator creates for each worker and that has no name in
 so that it is gone with the last process that holds it, however that process ends. A step is a
 lockstep: a worker writes only between a plan and its reply, the coordinator reads only between
 that reply and the next plan, so one buffer per worker is enough.
+
+A worker is lost when its connection is gone (a process that ends closes it, one that vanishes with
+its node is noticed by ZeroMQ's heartbeats), when it says hello a second time, or when it does not
+answer in time. Whatever may be left of its process is killed then, so that it cannot come back half
+way: the next that is heard of it is the hello of a new process.
 """
 
 from __future__ import annotations
@@ -32,26 +37,29 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from dlf_ray.messages import (
     Abort,
+    AddModel,
     AskTimings,
     Chunks,
     Failed,
+    Gone,
     Hello,
     Logits,
+    LossReason,
+    Lost,
+    Ping,
     Plan,
+    Process,
+    Ready,
+    RemoveModel,
     Request,
     Stop,
     Timings,
 )
 
-FromClient = Request | Abort | AskTimings | Stop
-ToClient = Chunks | Timings
-FromWorker = Hello | Failed
+PROBE_S = 0.2  # how often a worker that computes is asked whether it is there
+HEARTBEAT_S, SILENCE_S = 3, 10  # the life signs of a worker, and for how long they may stay away
 HAS_MEMORY = hasattr(os, "memfd_create")  # Linux; elsewhere everything goes over TCP
 NONCE = 64  # bytes in front of the logits, a multiple of every float's size
-_encode = msgspec.msgpack.Encoder().encode
-_from_client = msgspec.msgpack.Decoder(FromClient)
-_from_worker = msgspec.msgpack.Decoder(FromWorker)
-_to_client = msgspec.msgpack.Decoder(ToClient)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class Memory:
     """The first bytes there; another machine's file of the same path has others."""
     address: str
     """The coordinator's socket inside the node: a quarter faster than TCP to oneself."""
+    network: str
+    """The coordinator's network namespace, in which alone that socket exists; containers of one
+    machine may have the processes in common, but not the network."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +94,33 @@ class Connection:
         sock.curve_secretkey = self.client_secret
         sock.linger = 1000  # a last message may still leave, a dead peer holds nobody up
         sock.sndhwm = sock.rcvhwm = 0  # lockstep and admission bound what is under way
+        if identity.startswith("worker:"):
+            # The coordinator drops the connection without them. Clients may sleep as they like, and
+            # a worker has nobody else to turn to: it waits for ever.
+            sock.heartbeat_ivl = 1000 * HEARTBEAT_S
+            sock.heartbeat_ttl = 1000 * SILENCE_S
+            sock.heartbeat_timeout = 2**31 - 1
         sock.connect(address or self.address)
         return sock
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to client: the family has changed as asked."""
+
+    name: str
+    connection: Connection | None = None
+    """What the worker of a new expert needs to connect."""
+
+
+FromClient = Request | Abort | AskTimings | AddModel | RemoveModel | Gone | Stop
+ToClient = Chunks | Timings | Done
+FromWorker = Hello | Failed
+ToWorker = Ping | Stop
+_encode = msgspec.msgpack.Encoder().encode
+_from_client = msgspec.msgpack.Decoder(FromClient)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+_to_client = msgspec.msgpack.Decoder(ToClient)
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
 
 
 class Hub:
@@ -94,10 +130,19 @@ class Hub:
     """
 
     def __init__(
-        self, host: str, workers: Sequence[str], *, rows: int, vocab: int, step_timeout_s: float
+        self,
+        host: str,
+        workers: Sequence[str],
+        *,
+        rows: int,
+        vocab: int,
+        step_timeout_s: float,
+        kill: Callable[[Process], None],
     ) -> None:
-        """Binds a free port of `host`, with room for `rows` rows of logits per worker."""
-        self._workers = {f"worker:{name}".encode(): name for name in workers}
+        """Binds a free port of `host`, with room for `rows` rows of logits per worker. `kill` is
+        called for the process of a lost worker, which may have ended long ago."""
+        self._kill = kill
+        self._workers = {_identity(name): name for name in workers}
         self._client_public, self._client_secret = zmq.curve_keypair()
         self._server_public, server_secret = zmq.curve_keypair()
         self._context = zmq.Context()
@@ -109,6 +154,7 @@ class Hub:
         self._socket.curve_publickey = self._server_public
         self._socket.curve_secretkey = server_secret
         self._socket.router_handover = True  # a restarted worker takes over its identity
+        self._socket.router_mandatory = True  # an error instead of silence where nobody listens
         self._socket.linger = 1000
         self._socket.sndhwm = self._socket.rcvhwm = 0
         if ":" in host:
@@ -123,7 +169,10 @@ class Hub:
         self._inbox: deque[tuple[str, FromClient]] = deque()
         self._size = NONCE + rows * vocab * torch.float32.itemsize
         self._memory: dict[str, tuple[int, mmap.mmap, Memory]] = {}
-        self._shared: dict[str, bool] = {}
+        self._hellos: dict[str, Hello] = {}
+        self._lost: set[str] = set()
+        """Those that have said hello, but must say it again."""
+        self._changes: deque[tuple[str, Lost | Ready]] = deque()
 
     def connection(self, worker: str | None = None) -> Connection:
         """For a client, or for the worker of that name."""
@@ -136,31 +185,65 @@ class Hub:
         Raises `TimeoutError` that names those which have not.
         """
         deadline = time.monotonic() + timeout_s
-        while missing := set(self._workers.values()) - set(self._shared):
+        while missing := set(self._workers.values()) - set(self._hellos):
             if not self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
                 raise TimeoutError(f"no word from the workers of {sorted(missing)}")
             self._receive()
-        return self._shared
+        self._changes.clear()
+        return {name: hello.shared for name, hello in self._hellos.items()}
+
+    def add(self, worker: str) -> Connection:
+        """Makes room for one more worker; what it needs to connect."""
+        self._workers[_identity(worker)] = worker
+        return self.connection(worker)
+
+    def remove(self, worker: str) -> None:
+        """Tells a worker to stop, and forgets it."""
+        self._send(_identity(worker), _encode(Stop()))
+        del self._workers[_identity(worker)]
+        self._hellos.pop(worker, None)
+        self._lost.discard(worker)
+        if worker in self._memory:
+            os.close(self._memory.pop(worker)[0])
 
     def send(self, plans: Mapping[str, Plan]) -> None:
         for name, plan in plans.items():
-            self._socket.send_multipart([f"worker:{name}".encode(), plan.to_bytes()])
+            if not self._send(_identity(name), plan.to_bytes()):
+                self._lose(name, "died")
 
-    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | str]]:
-        """Yields each model's answer as it arrives; requests that arrive meanwhile are kept.
-
-        Raises `TimeoutError` that names the models which did not answer in time.
-        """
+    def receive(
+        self, plans: Mapping[str, Plan]
+    ) -> Iterator[tuple[str, Logits | Failed | Lost | Ready]]:
+        """Yields each model's answer as it arrives, or that it is lost; requests that arrive
+        meanwhile are kept. A model that does not answer in time is lost."""
         waiting = {name: plan.step for name, plan in plans.items()}
-        deadline = time.monotonic() + self._step_timeout_s
-        while waiting:
-            if not self._socket.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-                raise TimeoutError(
-                    f"no logits from {sorted(waiting)} within {self._step_timeout_s:g} s"
-                )
-            if (answer := self._receive()) and answer[1] == waiting.get(answer[0]):
-                del waiting[answer[0]]
-                yield answer[0], answer[2]
+        now = time.monotonic()
+        deadline, probe = now + self._step_timeout_s, now + PROBE_S
+        while True:
+            for name, change in self.changes():
+                waiting.pop(name, None)
+                yield name, change
+            if not waiting:
+                return
+            if self._socket.poll(max(0, int(1000 * (min(deadline, probe) - time.monotonic())))):
+                answer = self._receive()
+                if answer and answer[1].step == waiting.get(answer[0]):
+                    del waiting[answer[0]]
+                    yield answer
+            now = time.monotonic()
+            if now >= deadline:
+                for name in waiting:
+                    self._lose(name, "hung")
+            elif now >= probe:
+                probe = now + PROBE_S
+                for name in waiting:
+                    if not self._send(_identity(name), _encode(Ping())):
+                        self._lose(name, "died")
+
+    def changes(self) -> Iterator[tuple[str, Lost | Ready]]:
+        """What has become known of the workers since the last call."""
+        while self._changes:
+            yield self._changes.popleft()
 
     def requests(self, *, wait_s: float) -> Iterator[tuple[str, FromClient]]:
         """What clients have sent; waits for the first if there is nothing yet."""
@@ -172,12 +255,13 @@ class Hub:
             yield self._inbox.popleft()
 
     def publish(self, client: str, message: ToClient) -> None:
-        self._socket.send_multipart([client.encode(), _encode(message)])
+        """To a client that has gone, nothing is sent."""
+        self._send(client.encode(), _encode(message))
 
     def close(self) -> None:
         """Tells every worker to stop, and lets go of sockets and memory."""
         for identity in self._workers:
-            self._socket.send_multipart([identity, _encode(Stop())])
+            self._send(identity, _encode(Stop()))
         self._socket.close()
         self._auth.stop()
         del self._auth  # its destructor joins a thread, which does not suit a process that is ended
@@ -186,7 +270,22 @@ class Hub:
             os.close(fd)
         self._memory.clear()
 
-    def _receive(self) -> tuple[str, int, Logits | str] | None:
+    def _send(self, identity: bytes, data: bytes) -> bool:
+        """False where nobody of that name is connected."""
+        try:
+            self._socket.send_multipart([identity, data])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def _lose(self, worker: str, reason: LossReason) -> None:
+        self._lost.add(worker)
+        self._changes.append((worker, Lost(reason)))
+        self._kill(self._hellos[worker].process)
+
+    def _receive(self) -> tuple[str, Logits | Failed] | None:
         """Takes one message: an answer to a plan is returned, all others are noted."""
         identity, *frames = self._socket.recv_multipart(copy=False)
         sender = self._workers.get(identity.bytes)
@@ -200,12 +299,15 @@ class Hub:
         if bytes(header[:4]) == Logits.MAGIC:
             shared = self._memory[sender][1] if len(frames) == 1 else None
             data = memoryview(shared)[NONCE:] if shared else frames[1].buffer
-            logits = Logits.from_bytes(header, data)
-            return sender, logits.step, logits
+            return sender, Logits.from_bytes(header, data)
         message_ = _from_worker.decode(header)
         if isinstance(message_, Failed):
-            return sender, message_.step, message_.error
-        self._shared[sender] = message_.shared
+            return sender, message_
+        if sender in self._hellos and sender not in self._lost:
+            self._changes.append((sender, Lost("died")))
+        self._hellos[sender] = message_
+        self._lost.discard(sender)
+        self._changes.append((sender, Ready()))
         return None
 
     def _memory_of(self, worker: str) -> Memory | None:
@@ -217,9 +319,13 @@ class Hub:
             data = mmap.mmap(fd, self._size)
             nonce = secrets.token_bytes(NONCE)
             data[:NONCE] = nonce
-            memory = Memory(f"/proc/{os.getpid()}/fd/{fd}", nonce, self._inside)
+            memory = Memory(f"/proc/{os.getpid()}/fd/{fd}", nonce, self._inside, _network())
             self._memory[worker] = (fd, data, memory)
         return self._memory[worker][2]
+
+
+def _identity(worker: str) -> bytes:
+    return f"worker:{worker}".encode()
 
 
 class _OnlyKey:
@@ -235,19 +341,20 @@ class _OnlyKey:
 class WorkerLink:
     """A worker's end: plans in, logits out."""
 
-    def __init__(self, connection: Connection, name: str) -> None:
+    def __init__(self, connection: Connection, name: str, process: Process | None = None) -> None:
         memory = connection.memory
         self._memory = _open(memory) if memory else None
         inside = memory.address if memory and self._memory else None
         self._socket = connection.connect(f"worker:{name}", inside)
-        self._socket.send(_encode(Hello(shared=self._memory is not None)))
+        self._socket.send(_encode(Hello(self._memory is not None, process or Process())))
 
     def plans(self) -> Iterator[Plan]:
         while True:
             data = self._socket.recv()
-            if data[:4] != Plan.MAGIC:
-                break  # the only other message to a worker is `Stop`
-            yield Plan.from_bytes(data)
+            if data[:4] == Plan.MAGIC:
+                yield Plan.from_bytes(data)
+            elif isinstance(_to_worker.decode(data), Stop):
+                break
         self._socket.close()
 
     def reply(self, logits: Logits) -> None:
@@ -264,12 +371,18 @@ class WorkerLink:
             raw = values.cpu().contiguous().view(-1).view(torch.uint8).numpy()
             self._socket.send_multipart([logits.header(), raw.data], copy=False)
 
-    def fail(self, step: int, error: str) -> None:
-        self._socket.send(_encode(Failed(step, error)))
+    def fail(self, failed: Failed) -> None:
+        self._socket.send(_encode(failed))
+
+
+def _network() -> str:
+    return os.readlink("/proc/self/ns/net")
 
 
 def _open(memory: Memory) -> mmap.mmap | None:
     """The coordinator's memory file, or None where that is out of reach (another node)."""
+    if memory.network != _network():
+        return None
     try:
         with open(memory.path, "r+b") as file:
             data = mmap.mmap(file.fileno(), 0)

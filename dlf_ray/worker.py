@@ -14,7 +14,7 @@ import torch
 
 from dlf_ray.config import LARGE, EngineConfig, Family, ModelSpec
 from dlf_ray.loading import load_tokenizer, vocabulary_difference
-from dlf_ray.messages import Description, Logits, Plan
+from dlf_ray.messages import Description, Failed, Logits, Plan
 from dlf_ray.runner import Runner
 
 
@@ -26,7 +26,7 @@ class Link(Protocol):
 
     def reply(self, logits: Logits) -> None: ...
 
-    def fail(self, step: int, error: str) -> None: ...
+    def fail(self, failed: Failed) -> None: ...
 
 
 class ModelWorker:
@@ -52,12 +52,12 @@ class ModelWorker:
 
     def compute(self, plan: Plan) -> Logits:
         """One step: the forward pass, and which of its rows are finite."""
-        began = time.perf_counter()
+        start, began = time.time(), time.perf_counter()
         values = self.runner.forward(plan)
         # Here, in parallel with the other models, and on the device that holds the logits. The
         # largest magnitude is NaN or infinite if any is, and ten times faster than asking each.
         finite = values.abs().amax(-1).isfinite().cpu().numpy()
-        return Logits(plan.step, values, finite, time.perf_counter() - began)
+        return Logits(plan.step, values, finite, time.perf_counter() - began, start)
 
     def run(self, link: Link) -> None:
         """Answers plans until the coordinator says stop.
@@ -66,13 +66,31 @@ class ModelWorker:
         serves on, since the next sequence in a slot starts from nothing.
         """
         for plan in link.plans():
-            try:
-                logits = self.compute(plan)
-            except Exception as error:
-                traceback.print_exc()
-                link.fail(plan.step, f"{type(error).__name__}: {error}")
+            answer = self.answer(plan)
+            if isinstance(answer, Failed):
+                link.fail(answer)
             else:
-                link.reply(logits)
+                link.reply(answer)
+
+    def answer(self, plan: Plan) -> Logits | Failed:
+        """The step, or why there is none; without the memory for it, nothing computed is kept."""
+        try:
+            return self.compute(plan)
+        except Exception as error:
+            traceback.print_exc()
+            out_of_memory = _is_out_of_memory(error)
+            failed = Failed(plan.step, f"{type(error).__name__}: {error}", out_of_memory)
+        # Not before here: the exception's frames hold tensors of the pass.
+        if out_of_memory:
+            self.runner.forget()
+        return failed
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU it has a class of its own, on a CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )
 
 
 def check_vocabularies(

@@ -1,5 +1,6 @@
 """The `dlf` command as its users run it."""
 
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import EXPERTS, family_of
 from typer.testing import CliRunner
 
 from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray.bench import Costs, Result, bench_family
 from dlf_ray.cli import app
 from dlf_ray.results import read
 
@@ -47,6 +49,14 @@ def test_weights_are_shown_on_demand(file):
     assert shown.exit_code == 0, shown.output
     assert "prose 0 tokens, mean weight 0.00" in shown.output
     assert "math" in shown.output
+
+
+def test_a_trace_is_written_on_demand(file, tmp_path):
+    words = ("--prompt", "x", "--max-tokens", 3, "--local", "--trace", tmp_path / "trace.json")
+    shown = dlf("generate", file, *words)
+    assert shown.exit_code == 0, shown.output
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"large", "base", "coordinator"} < {e["args"]["name"] for e in events if "args" in e}
 
 
 def test_evaluate_prints_a_row_per_method(file, tmp_path):
@@ -94,35 +104,44 @@ def test_mistakes_end_with_one_line_and_no_trace(file, words, message):
 
 
 def test_bench_measures_engine_and_exchange(ray_cluster):
-    sizes = (
-        "--experts",
-        1,
-        "--rows",
-        "1,2",
-        "--vocab",
-        100,
-        "--steps",
-        5,
-        "--rounds",
-        1,
-        "--items",
-        0,
-    )
-    shown = dlf("bench", *sizes)
+    sizes = ("--vocab", 100, "--steps", 5, "--rounds", 1, "--items", 0, "--forward-ms", 30)
+    shown = dlf("bench", "--experts", 1, "--rows", "1,2", *sizes)
     assert shown.exit_code == 0, shown.output
-    cells = [line.split() for line in shown.output.splitlines()]
-    rows = [row for row in cells if len(row) == 8 and row[0] == "1"]
+    cells = [line.replace("0 of 3", "0").split() for line in shown.output.splitlines()]
+    rows = [row for row in cells if len(row) == 11 and row[0] == "1"]
     assert len(rows) == 2
     for row in rows:
-        _, _, exchange, step, fusion, rate, *_ = map(float, row)
+        _, remote, _, exchange, step, forward, fusion, rest, rate, *_ = map(float, row)
+        assert remote == 0
         assert exchange > 0
-        assert 0 < fusion < step
-        assert rate == pytest.approx(1000 / step, rel=0.2)
+        assert fusion > 0
+        assert rest > 0
+        assert forward >= 30
+        assert step == pytest.approx(forward + fusion + rest, abs=0.03)
+        assert rate == pytest.approx(1000 / step, rel=0.01)
+    assert "ms x models" not in shown.output  # two settings do not tell three costs apart
+
+
+def test_costs_are_found_again():
+    """Messages and bytes of a grid of settings, priced, give the prices back."""
+    results = []
+    for experts, rows in itertools.product((1, 4, 16), (1, 8)):
+        models, megabytes = experts + 2, (experts + 2) * rows * 1000 * 4 / 1e6
+        rest, fusion = 0.5 + 0.1 * models + 0.9 * megabytes, 0.7 * experts * rows
+        results.append(Result(experts, rows, 1000, 0, 1.0, 20 + rest + fusion, fusion, 20.0))
+    found = Costs.fit(results)
+    assert (found.step, found.message, found.megabyte, found.row) == pytest.approx(
+        (0.5, 0.1, 0.9, 0.7)
+    )
+    far = found.predict(64, 8, 1000)
+    assert far.megabytes == pytest.approx(66 * 8 * 1000 * 4 / 1e6)
+    assert far.rest == pytest.approx(0.5 + 0.1 * 66 + 0.9 * far.megabytes)
+    assert far.fusion == pytest.approx(0.7 * 64 * 8)
+    assert far.wire(100) == pytest.approx(1000 * far.megabytes * 1e6 * 8 / 100e9)
+    assert Costs.fit([r for r in results if r.rows == 1]) is None
 
 
 def test_bench_serves_items_with_and_without_sharing(file):
-    from dlf_ray.bench import bench_family
-
     asked = [f"how much is {i}?" for i in range(10)]
     example = "Question: what is one and one? Answer: it is two.\n"
     found = bench_family(str(file), asked, example, shots=3, max_tokens=4, rounds=1)

@@ -35,6 +35,11 @@ def test_defaults_are_the_papers():
         ({"base": {**M, "num_cpus": 0}}, ["num_cpus"]),
         ({"base": {**M, "num_gpus": 1.5}}, ["whole number"]),
         ({"base": {**M, "dtype": "int8"}}, ["int8", "bfloat16"]),
+        ({"base": {**M, "memory": 0}}, ["`memory`", "bytes"]),
+        ({"base": {**M, "memory": "16GB"}}, ["int", "$.base.memory"]),
+        ({"base": {**M, "resources": {"GPU": 1}}}, ["GPU", "`num_gpus`"]),
+        ({"engine": {"resources": {"rack": 0}}}, ["`resources`", "rack: 0"]),
+        ({"engine": {"label_selector": {"zone": 1}}}, ["str", "label_selector"]),
     ],
 )
 def test_mistakes_are_named_with_what_is_valid(change, words):
@@ -59,6 +64,17 @@ def test_files_name_themselves_in_errors(tmp_path):
     file.write_text("large: {model: x}\nbase: {model: x}\nexperts: {}\nspeed: 3\n")
     with pytest.raises(ValueError, match=r"family\.yaml.*`speed`"):
         Family.from_yaml(file)
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path):
+    file = tmp_path / "family.yaml"
+    lines = ["large: &m {model: x}", "base: {<<: *m, model: y}", "experts:"]
+    lines += ["  math: *m", "  facts: *m", "  math: {model: z}"]
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"family\.yaml.*`math` stands twice.*line 4.*line 6"):
+        Family.from_yaml(file)
+    file.write_text("\n".join(lines[:-1]))
+    assert Family.from_yaml(file).base.model == "y"  # a merged key may be said anew
 
 
 def test_local_folders_are_relative_to_the_file(tmp_path):

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 import yaml
 from conftest import EXPERTS, family_of
 
-from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray import EngineError, LocalEngine, SamplingParams
 from dlf_ray.evaluate import Experiment, TaskSpec, answers, method_options, run
 from dlf_ray.results import read, read_config, summary
 from dlf_ray.tasks import own_task
@@ -263,3 +264,36 @@ def test_a_killed_run_goes_on_to_the_same_results(family_file, tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(file)], timeout=60, check=False)
     assert done.returncode == 0
     assert comparable(output) == comparable(whole.output)
+
+
+class Dying(LocalEngine):
+    """Dies after so many answers, for each engine of a run."""
+
+    lives = ()
+
+    def _wait(self, mailbox):
+        chunk = super()._wait(mailbox)
+        if chunk.finish_reason:
+            self.lives[0] -= 1
+            if self.lives[0] < 0:
+                self.lives.pop(0)
+                raise EngineError("the coordinator died")
+        return chunk
+
+
+def test_another_engine_goes_on_where_one_has_died(family_file, tmp_path):
+    whole = experiment(family_file, tmp_path, methods=("large", "dynamic"))
+    run(whole, LocalEngine, log=lambda _: None)
+    Dying.lives, lines = [3, 0, 0, 5, 1000], []
+    made = msgspec.structs.replace(whole, output=str(tmp_path / "died"))
+    run(made, Dying, log=lines.append)
+    pick = ("item", "method", "token_ids", "scores")
+    rows = [
+        sorted([str([row[key] for key in pick]) for row in comparable(each.output)])
+        for each in (made, whole)
+    ]
+    assert rows[0] == rows[1]
+    assert sum("the coordinator died; going on" in line for line in lines) == 4
+    Dying.lives = [2, 0, 0, 0, 1000]
+    with pytest.raises(EngineError, match="the coordinator died"):
+        run(msgspec.structs.replace(whole, output=str(tmp_path / "no")), Dying, log=lines.append)

@@ -188,6 +188,72 @@ def test_what_was_generated_greedily_scores_as_greedy(plain):
     assert other.logprobs[0] < scored.logprobs[0]
 
 
+def test_log_probabilities_of_prompt_and_answer_are_the_oracles(engine, oracle):
+    """The prompt is scored and then goes on; among requests that ask for neither."""
+    prompts = prompts_of(4, longest=70, seed=31)
+    sampling = SamplingParams(max_tokens=5, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    plain = SamplingParams(max_tokens=5, ignore_eos=True)
+    outputs = engine.generate(prompts * 2, [sampling] * 4 + [plain] * 4)
+    for prompt, output, without in zip(prompts, outputs[:4], outputs[4:], strict=True):
+        assert output.token_ids == without.token_ids
+        assert (without.logprobs, without.top_logprobs, without.prompt_logprobs) == ([], [], [])
+        known = [*prompt, *output.token_ids]
+        shared = dict.fromkeys(("large", "base", *EXPERTS), known[:1])
+        expected = naive_logprobs(oracle, shared, known[1:])
+        chosen = expected[range(len(known) - 1), known[1:]]
+        logprobs = [*output.prompt_logprobs, *output.logprobs]
+        np.testing.assert_allclose(logprobs, chosen, atol=1e-4, rtol=1e-4)
+        tops = [*output.prompt_top_logprobs, *output.top_logprobs]
+        sizes = [2] * (len(prompt) - 1) + [3] * 5
+        assert [len(top) for top in tops] == sizes
+        for top, row, size in zip(tops, expected, sizes, strict=True):
+            np.testing.assert_allclose(list(top.values()), row.topk(size).values, atol=1e-4)
+        # The most probable token has one log-probability, to the last bit.
+        assert [top[t] for top, t in zip(output.top_logprobs, output.token_ids, strict=True)] == (
+            output.logprobs
+        )
+        assert len(output.weights) == len(output.pieces) == 5
+
+
+def test_a_prompt_alone_can_be_scored(plain):
+    sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (output,) = plain.generate([[5, 6, 7]], sampling)
+    (scored,) = plain.score([[5]], [[6, 7]])
+    assert output.prompt_logprobs == scored.logprobs
+    assert (output.token_ids, output.finish_reason) == ([], "length")
+    with pytest.raises(ValueError, match="`max_tokens` must be at least 1 where"):
+        plain.generate([[5]], sampling)
+    with pytest.raises(ValueError, match="needs one prompt for all models"):
+        plain.generate({"large": [5, 6], "base": [5]}, sampling)
+
+
+def test_penalties_and_biases_reach_the_fused_distribution(plain):
+    greedy = SamplingParams(max_tokens=8, ignore_eos=True)
+    (free,) = plain.generate([5, 6], greedy)
+    first = free.token_ids[0]
+    barred = SamplingParams(max_tokens=8, logit_bias={first: -100.0}, ignore_eos=True)
+    assert first not in plain.generate([5, 6], barred)[0].token_ids
+    repeated = plain.generate([5, 6], SamplingParams(max_tokens=8, logit_bias={7: 100.0}))[0]
+    assert repeated.token_ids == [7] * 8
+    with pytest.raises(ValueError, match="`logit_bias` names token 300"):
+        plain.generate([5], SamplingParams(logit_bias={300: 1.0}))
+
+
+def test_nothing_ends_an_answer_before_its_minimum(plain):
+    (free,) = plain.generate([5, 6], SamplingParams(max_tokens=12, ignore_eos=True))
+    third = free.token_ids[2]
+    early = SamplingParams(max_tokens=12, stop_token_ids=(third,), ignore_eos=True)
+    (output,) = plain.generate([5, 6], early)
+    assert (output.finish_reason, output.stop_reason) == ("stop", third)
+    late = SamplingParams(max_tokens=12, stop_token_ids=(third,), ignore_eos=True, min_tokens=6)
+    assert third not in plain.generate([5, 6], late)[0].token_ids[:5]
+    stop = next(piece for piece in free.pieces if piece.strip())
+    (output,) = plain.generate([5, 6], SamplingParams(max_tokens=12, stop=(stop,)))
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    (output,) = plain.generate([5, 6], SamplingParams(max_tokens=12, stop=(stop,), min_tokens=12))
+    assert len(output.token_ids) == 12
+
+
 def test_text_is_scored_where_prompt_and_continuation_meet(plain):
     whole = plain.tokenizer.encode("Question: what is 12 times 7? Answer: 84")
     split = len(plain.tokenizer.encode("Question: what is 12 times 7? Answer:"))

@@ -395,7 +395,19 @@ def test_pickled_weights(folder):
 def test_a_truncated_file(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        runner(folder)
+
+
+def test_of_many_files_the_cut_one_is_named_before_any_is_read(folder, monkeypatch):
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="30KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[-1].write_bytes(shards[-1].read_bytes()[:100])
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match=rf"{shards[-1].name} is damaged or incomplete"):
         runner(folder)
 
 

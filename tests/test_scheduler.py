@@ -55,18 +55,17 @@ def drive(scheduler, seen, caches, shared=None):
             assert plan.rows <= scheduler.max_rows
         for s, count in step.ready.items():
             for model in s.computed:
-                known = [*s.request.prompt_of(model), *(s.request.continuation or s.generated)]
+                known = [*s.request.prompt_of(model), *s.request.continuation, *s.generated]
                 end = len(s.request.prompt_of(model)) + s.scored + len(s.generated) - 1 + count
                 assert caches[model, s.slot] == known[:end]
                 wanted = np.repeat(step.plans[model].slots, step.plans[model].wants)
                 assert wanted[step.rows(model, [s])].tolist() == [s.slot] * count
         for s, count in step.ready.items():
-            if s.request.continuation:
-                s.scored += count
-                done = s.scored == len(s.request.continuation)
-            else:
+            given = min(count, len(s.request.continuation) - s.scored)
+            s.scored += given
+            if count > given:
                 s.generated.append(1000 + len(s.generated))
-                done = len(s.generated) == s.room
+            done = s.scored == len(s.request.continuation) and len(s.generated) == s.room
             if done:
                 seen.append(s.request.id)
                 scheduler.remove(s)
@@ -85,9 +84,10 @@ def test_every_token_is_computed_once_and_in_order(lengths, slots, budget):
         fusion = LARGE_ALONE if id % 3 == 2 else FUSION
         prompts = {"base": range(100, 100 + base)} if fusion is FUSION else {}
         prompts = {name: tuple(tokens) for name, tokens in prompts.items()}
-        rest = range(500, 500 + large) if id % 4 == 1 else ()  # some are scored, not generated
+        rest = range(500, 500 + large) if id % 4 == 1 else ()
+        new = 0 if id % 8 == 1 else 1 + id % 4  # some are scored and then go on, or do not
         # All begin alike, for as long as they are.
-        made = sequence(id, range(large), 1 + id % 4, prompts, fusion, rest)
+        made = sequence(id, range(large), new, prompts, fusion, rest)
         scheduler.add(made)
     seen = []
     drive(scheduler, seen, {})
@@ -100,7 +100,8 @@ def test_what_begins_alike_is_computed_once():
     examples = list(range(100))
     for id in range(20):
         rest = [900 + id] if id % 2 else ()
-        scheduler.add(sequence(id, [*examples, 200 + id, 7], continuation=rest))
+        new = 0 if rest else 3
+        scheduler.add(sequence(id, [*examples, 200 + id, 7], new, continuation=rest))
     computed, seen, shared = [], [], []
     plan = scheduler.plan
 

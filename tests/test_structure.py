@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlf_ray"
 LIBRARIES = {
-    "ray": {"engine", "bench"},
+    "ray": {"engine", "capacity", "placement", "bench", "experts", "serve"},
+    "fastapi": {"serve"},
+    "starlette": {"serve"},
+    "pydantic": {"serve", "replica", "openai"},
     "zmq": {"transport", "bench"},
     "transformers": {"loading", "runner", "train", "demo"},
     "typer": {"cli"},

@@ -3,9 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import pickle
 import queue
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,9 +22,13 @@ from dlf_ray.messages import (
     Abort,
     Chunk,
     Chunks,
+    Failed,
     FusionParams,
     Logits,
+    Lost,
     Plan,
+    Process,
+    Ready,
     Request,
 )
 from dlf_ray.transport import ClientLink, Connection, Hub, WorkerLink
@@ -43,9 +52,20 @@ REQUEST = Request(
 
 @pytest.fixture
 def hub():
-    made = Hub("127.0.0.1", ["large", "base"], rows=ROWS, vocab=VOCAB, step_timeout_s=20)
+    made = hub_of(20)
     yield made
     made.close()
+
+
+def hub_of(step_timeout_s, kill=lambda process: None):
+    return Hub(
+        "127.0.0.1",
+        ["large", "base"],
+        rows=ROWS,
+        vocab=VOCAB,
+        step_timeout_s=step_timeout_s,
+        kill=kill,
+    )
 
 
 def plan(step, rows=1):
@@ -58,14 +78,14 @@ def logits(step, rows=1, dtype=torch.float32, seed=0):
     return Logits(step, values, np.ones(rows, dtype=np.bool_), 0.25)
 
 
-def start(hub, name, answer, memory=True):
+def start(hub, name, answer, memory=True, process=None):
     """A worker that answers each plan with `answer(link, plan)`, on a thread of its own."""
     connection = hub.connection(name)
     if not memory:
         connection = dataclasses.replace(connection, memory=None)
 
     def loop():
-        link = WorkerLink(connection, name)
+        link = WorkerLink(connection, name, process)
         for each in link.plans():
             answer(link, each)
 
@@ -106,6 +126,16 @@ def test_more_rows_than_the_memory_holds_take_the_socket(hub):
     torch.testing.assert_close(received.values, logits(1, 3 * ROWS).values)
 
 
+def test_another_network_of_the_same_machine_shares_no_memory(hub):
+    """Containers that see each other's processes: the file is there, the inner socket is not."""
+    connection = hub.connection("large")
+    there = dataclasses.replace(connection.memory, network="net:[1]")
+    through = dataclasses.replace(connection, memory=there)
+    threading.Thread(target=lambda: WorkerLink(through, "large"), daemon=True).start()
+    start(hub, "base", lambda link, p: None)
+    assert hub.wait_for_workers(20) == {"large": False, "base": True}
+
+
 def test_a_memory_file_of_another_machine_is_not_written_to(hub, tmp_path):
     other = tmp_path / "memory"
     other.write_bytes(bytes(10_000))
@@ -128,7 +158,7 @@ def test_the_memory_has_no_name_in_any_file_system(hub):
 def test_a_failed_step_says_why_and_the_next_one_works(hub):
     def answer(link, p):
         if p.step == 1:
-            link.fail(1, "out of memory")
+            link.fail(Failed(1, "out of memory"))
         else:
             link.reply(logits(p.step))
 
@@ -139,7 +169,7 @@ def test_a_failed_step_says_why_and_the_next_one_works(hub):
         hub.send({"large": plan(step)})
         ((name, received),) = hub.receive({"large": plan(step)})
         assert name == "large"
-        assert received == "out of memory" if step == 1 else received.step == 2
+        assert received == Failed(1, "out of memory") if step == 1 else received.step == 2
 
 
 def test_an_answer_to_an_earlier_step_is_not_taken_for_this_one(hub):
@@ -154,18 +184,123 @@ def test_an_answer_to_an_earlier_step_is_not_taken_for_this_one(hub):
     assert [each.step for _, each in hub.receive({"large": plan(5)})] == [5]
 
 
-def test_silence_is_reported_with_the_name_of_the_silent():
-    hub = Hub("127.0.0.1", ["large", "base"], rows=1, vocab=VOCAB, step_timeout_s=0.2)
-    start(hub, "large", lambda link, p: link.reply(logits(p.step)))
+def answers(hub, plans):
+    hub.send(plans)
+    return [(name, type(answer)) for name, answer in hub.receive(plans)]
+
+
+def test_a_worker_that_does_not_start_is_named(hub):
+    start(hub, "large", lambda link, p: None)
     with pytest.raises(TimeoutError, match="'base'"):
-        hub.wait_for_workers(1)
-    start(hub, "base", lambda link, p: None)
+        hub.wait_for_workers(0.3)
+
+
+def test_a_worker_that_is_silent_for_too_long_is_lost_and_killed():
+    killed = []
+    hub = hub_of(0.4, killed.append)
+    start(hub, "large", lambda link, p: link.reply(logits(p.step)))
+    hung = Process("node", 77, 1.5)
+    start(hub, "base", lambda link, p: None, process=hung)
     hub.wait_for_workers(20)
     plans = {"large": plan(1), "base": plan(1)}
     hub.send(plans)
-    with pytest.raises(TimeoutError, match="'base'"):
-        list(hub.receive(plans))
+    (first, answer), (second, change) = hub.receive(plans)
+    assert (first, answer.step, second, change) == ("large", 1, "base", Lost("hung"))
+    assert killed == [hung]
     hub.close()
+
+
+def test_a_connection_that_ends_is_noticed_while_the_others_still_compute(hub):
+    link = WorkerLink(hub.connection("base"), "base")
+    done = threading.Event()
+    start(hub, "large", lambda link, p: (done.wait(20), link.reply(logits(p.step))))
+    hub.wait_for_workers(20)
+    plans = {"large": plan(1), "base": plan(1)}
+    hub.send(plans)
+    threading.Timer(0.3, link._socket.close).start()
+    received = hub.receive(plans)
+    assert next(received) == ("base", Lost("died"))
+    done.set()
+    assert [name for name, _ in received] == ["large"]
+    # Nor is it an error to send to nobody, and who comes back says so.
+    assert answers(hub, {"base": plan(2)}) == [("base", Lost)]
+    start(hub, "base", lambda link, p: link.reply(logits(p.step)))
+    while not list(hub.requests(wait_s=0.1)) and not (changes := list(hub.changes())):
+        pass
+    assert changes == [("base", Ready())]
+    assert answers(hub, {"base": plan(3)}) == [("base", Logits)]
+
+
+def test_a_second_hello_means_that_the_first_worker_is_gone(hub):
+    """It was restarted between two steps, or while a plan for the one before was on its way."""
+    start(hub, "large", lambda link, p: None)
+    start(hub, "base", lambda link, p: link.reply(logits(p.step)))
+    hub.wait_for_workers(20)
+    start(hub, "large", lambda link, p: link.reply(logits(p.step)))
+    while not (changes := list(hub.changes())):
+        list(hub.requests(wait_s=0.1))
+    assert changes == [("large", Lost("died")), ("large", Ready())]
+    hub.send({"large": plan(1)})
+    started = [True]
+
+    def again(link, p):
+        """Says hello anew in the middle of a step."""
+        if started.pop():
+            started.append(False)
+            start(hub, "base", again)
+        else:
+            link.reply(logits(p.step))
+            started.append(False)
+
+    assert [type(answer) for _, answer in hub.receive({"large": plan(1)})] == [Logits]
+    start(hub, "base", again)
+    while len(changes) < 4:
+        list(hub.requests(wait_s=0.1))
+        changes += hub.changes()
+    assert answers(hub, {"base": plan(2)}) == [("base", Lost), ("base", Ready)]
+    assert answers(hub, {"base": plan(3)}) == [("base", Logits)]
+
+
+FROZEN = """
+import pickle, sys, dlf_ray.transport as transport
+transport.HEARTBEAT_S, transport.SILENCE_S = 1, 3
+link = transport.WorkerLink(pickle.load(sys.stdin.buffer), "large")
+for plan in link.plans():
+    raise SystemExit("a plan")
+"""
+
+
+def test_a_node_that_vanishes_without_a_word_is_noticed(hub):
+    """Nobody closes its connections: here the process is stopped, and its sockets stay open."""
+    process = subprocess.Popen([sys.executable, "-c", FROZEN], stdin=subprocess.PIPE)
+    process.stdin.write(pickle.dumps(dataclasses.replace(hub.connection("large"), memory=None)))
+    process.stdin.close()
+    start(hub, "base", lambda link, p: None)
+    hub.wait_for_workers(60)
+    time.sleep(2.5)  # for its first life sign
+    process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert answers(hub, {"large": plan(1)}) == [("large", Lost)]
+    assert time.monotonic() - began < 15  # and not the timeout of a step
+    process.kill()
+    process.wait()
+
+
+def test_workers_come_and_go(hub):
+    start(hub, "large", lambda link, p: link.reply(logits(p.step)))
+    start(hub, "base", lambda link, p: link.reply(logits(p.step)))
+    hub.wait_for_workers(20)
+    connection = hub.add("math")
+    thread = start(hub, "math", lambda link, p: link.reply(logits(p.step)))
+    while not (changes := list(hub.changes())):
+        list(hub.requests(wait_s=0.1))
+    assert changes == [("math", Ready())]
+    assert answers(hub, {"math": plan(1)}) == [("math", Logits)]
+    hub.remove("math")
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not os.path.exists(connection.memory.path)
+    assert answers(hub, {"large": plan(2)}) == [("large", Logits)]
 
 
 def test_requests_reach_the_coordinator_and_chunks_come_back(hub):
