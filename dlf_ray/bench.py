@@ -1,7 +1,8 @@
 """What the engine itself costs per step: real actors and sockets, forward passes left out.
 
 Beside it stands the floor: as many processes exchanging the same bytes in one plain ZeroMQ round
-trip each, without encryption, fusion or sampling.
+trip each, without encryption, fusion or sampling. A forward pass may be a sleep, in which the cores
+are free as they are where models have GPUs: so few cores can stand for many models.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 
-from dlf_ray.config import Family
+from dlf_ray.config import LARGE, Family
 from dlf_ray.engine import Engine
 from dlf_ray.local import LocalEngine
 from dlf_ray.messages import Description, Logits, Plan, SamplingParams
 from dlf_ray.worker import ModelWorker
 
 FUSION_STAGES = ("aim", "weigh", "sample")
+ITEMSIZE = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,81 @@ class Result:
 
     experts: int
     rows: int
+    vocab: int
+    remote: int
+    """Models that do not share the coordinator's memory; the others do."""
     exchange: float
-    """The bare exchange of the same bytes."""
+    """The bare exchange of the same bytes, inside one node."""
     step: float
     """A step of the engine."""
     fusion: float
     """The part of `step` that fusion and sampling take."""
+    forward: float
+    """The part of `step` that the large model's forward pass takes."""
+
+    @property
+    def rest(self) -> float:
+        """What remains of `step`: planning, messages, encryption, copies, the client."""
+        return self.step - self.fusion - self.forward
+
+    @property
+    def messages(self) -> int:
+        """Answers in a step, one per model."""
+        return self.experts + 2
+
+    @property
+    def megabytes(self) -> float:
+        """Of logits in a step."""
+        return _megabytes(self.experts, self.rows, self.vocab)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """rest = step + message * messages + megabyte * megabytes; fusion = row * experts * rows.
+
+    All in milliseconds.
+    """
+
+    step: float
+    message: float
+    megabyte: float
+    row: float
+
+    @classmethod
+    def fit(cls, results: Sequence[Result]) -> Self | None:
+        """Least squares of relative errors; None where the settings do not tell the terms apart."""
+        terms = np.array([[1, r.messages, r.megabytes] for r in results])
+        if np.linalg.matrix_rank(terms) < terms.shape[1]:
+            return None
+        rest = np.array([r.rest for r in results])
+        (step, message, megabyte), *_ = np.linalg.lstsq(
+            terms / rest[:, None], np.ones(len(rest)), rcond=None
+        )
+        row = statistics.median(r.fusion / (r.experts * r.rows) for r in results)
+        return cls(float(step), float(message), float(megabyte), row)
+
+    def predict(self, experts: int, rows: int, vocab: int) -> Prediction:
+        """What these costs come to in another setting, if they go on as they have begun."""
+        megabytes = _megabytes(experts, rows, vocab)
+        rest = self.step + self.message * (experts + 2) + self.megabyte * megabytes
+        return Prediction(megabytes, rest, self.row * experts * rows)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a step: megabytes of logits; milliseconds of the rest and of fusion."""
+
+    megabytes: float
+    rest: float
+    fusion: float
+
+    def wire(self, gigabits: float) -> float:
+        """Milliseconds that the logits take at so many gigabits per second: the network's floor."""
+        return self.megabytes * 8 / gigabits
+
+
+def _megabytes(experts: int, rows: int, vocab: int) -> float:
+    return (experts + 2) * rows * vocab * ITEMSIZE / 1e6
 
 
 class Numbers:
@@ -55,11 +127,15 @@ class Numbers:
 
 
 class SilentWorker(ModelWorker):
-    """A model that has its logits ready: fixed random ones, different for each model."""
+    """A model that has its logits ready: fixed random ones, different for each model.
+
+    It answers at once, or after a sleep; the model's "path" is its name, vocabulary, milliseconds.
+    """
 
     def load(self) -> Description:
         torch.set_num_threads(1)
-        name, _, vocab = self.spec.model.partition("/")
+        name, vocab, milliseconds = self.spec.model.split("/")
+        self.seconds = float(milliseconds) / 1000
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         shape = self.engine.max_num_seqs, int(vocab)
         common = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
@@ -78,30 +154,40 @@ class SilentWorker(ModelWorker):
         return Numbers()
 
     def compute(self, plan: Plan) -> Logits:
+        began = time.perf_counter()
+        if self.seconds:
+            time.sleep(self.seconds)
+        slept = time.perf_counter() - began
         values = self.logits[: plan.rows]
         finite = values.abs().amax(-1).isfinite().numpy()
-        return Logits(plan.step, values, finite, 0.0)
+        return Logits(plan.step, values, finite, slept)
 
 
 def bench(
-    experts: Sequence[int], rows: Sequence[int], *, vocab: int, steps: int, rounds: int
+    experts: Sequence[int],
+    rows: Sequence[int],
+    *,
+    vocab: int,
+    steps: int,
+    rounds: int,
+    forward_ms: float = 0,
 ) -> Iterator[Result]:
     """Measures every setting, engine and bare exchange in turn, `rounds` times each."""
     for t in experts:
-        with Engine(_family(t, max(rows), vocab), worker=SilentWorker) as engine:
+        with Engine(_family(t, max(rows), vocab, forward_ms), worker=SilentWorker) as engine:
+            remote = sum(not shared for shared in engine.shares_memory.values())
             for r in rows:
-                step, fusion, bare = [], [], []
-                with Exchange(
-                    t + 2, plan=Plan.HEADER.size + 4 * 5 * r, reply=r * vocab * 4
-                ) as exchange:
+                measured = []
+                plan, reply = Plan.HEADER.size + 4 * 5 * r, r * vocab * ITEMSIZE
+                with Exchange(t + 2, plan=plan, reply=reply) as exchange:
                     for _ in range(rounds + 1):
-                        took, share = _engine_round(engine, r, steps)
-                        step.append(took)
-                        fusion.append(share)
-                        bare.append(exchange.seconds(steps))
+                        bare = exchange.seconds(steps)
+                        measured.append((bare, *_engine_round(engine, r, steps)))
                 # The first round of each warms up.
-                medians = [1000 * statistics.median(each[1:]) for each in (bare, step, fusion)]
-                yield Result(t, r, *medians)
+                medians = [
+                    1000 * statistics.median(each[1:]) for each in zip(*measured, strict=True)
+                ]
+                yield Result(t, r, vocab, remote, *medians)
 
 
 @dataclass(frozen=True)
@@ -148,30 +234,33 @@ def bench_family(
     return Serving(one, together, shots, recomputed, shared)
 
 
-def _family(experts: int, rows: int, vocab: int) -> Family:
+def _family(experts: int, rows: int, vocab: int, forward_ms: float) -> Family:
     def spec(name: str) -> dict[str, Any]:
-        return {"model": f"{name}/{vocab}", "num_cpus": 0.01}
+        return {"model": f"{name}/{vocab}/{forward_ms}", "num_cpus": 0.01}
+
+    engine = {"max_num_seqs": rows, "max_model_len": 2**20, "placement_strategy": "SPREAD"}
 
     return Family.from_dict(
         {
             "large": spec("large"),
             "base": spec("base"),
             "experts": {f"e{i}": spec(f"e{i}") for i in range(experts)},
-            "engine": {"max_num_seqs": rows, "max_model_len": 2**20, "num_cpus": 0.01},
+            "engine": engine,
         }
     )
 
 
-def _engine_round(engine: Engine, rows: int, steps: int) -> tuple[float, float]:
-    """Seconds per step, and those of fusion and sampling among them."""
+def _engine_round(engine: Engine, rows: int, steps: int) -> tuple[float, float, float]:
+    """Seconds per step, and those of fusion and of the forward pass among them."""
     before = engine.timings()
     began = time.perf_counter()
     engine.generate([[1]] * rows, SamplingParams(max_tokens=steps, ignore_eos=True))
     took = time.perf_counter() - began
     after = engine.timings()
     done = after.steps - before.steps
-    share = sum(after.seconds[s] - before.seconds.get(s, 0) for s in FUSION_STAGES)
-    return took / done, share / done
+    spent = {stage: after.seconds[stage] - before.seconds.get(stage, 0) for stage in after.seconds}
+    fusion = sum(spent[stage] for stage in FUSION_STAGES)
+    return took / done, fusion / done, spent[f"forward {LARGE}"] / done
 
 
 PEER = """
