@@ -39,6 +39,7 @@ def cluster():
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-the-tests-only-0123456789",
         "RAY_ADDRESS": address,
+        "PYTHONPATH": str(Path(__file__).parent),
     }
     head = subprocess.Popen(
         [
@@ -75,6 +76,8 @@ def cluster():
 DRIVER = """
 import json, sys, time
 began = time.monotonic()
+import report
+answer = report.apart()
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dlf_ray import Engine, Family, SamplingParams
@@ -116,7 +119,7 @@ with Engine(Family.from_dict(told["family"])) as engine:
     passed("generated, refused")
 wait_until(lambda: nodes() == [head])
 passed("gone")
-print(json.dumps(told))
+answer(told)
 """
 
 
@@ -149,7 +152,7 @@ def test_nodes_come_for_a_family_and_go_after_it(cluster, folder):
         timeout=250,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(done.stdout)
     print(done.stderr)
     assert told["tokens"] == [list(output.token_ids) for output in expected]
     assert told["nodes"] == 3

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import network
 import pytest
+import report
 from conftest import EXPERTS, family_of
 from test_local import prompts_of
 
@@ -25,7 +26,8 @@ if REFUSED:
 
 
 def drive(folder):
-    """Generates once it is told to, and prints what the test wants to know."""
+    """Generates once it is told to, and answers what the test wants to know."""
+    answer = report.apart()
     import ray
     from ray.util import placement_group_table
 
@@ -36,19 +38,19 @@ def drive(folder):
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         placed = [address[group["bundles_to_node_id"][i]] for i in sorted(group["bundles"])]
         engine.generate(prompts_of(ROWS, seed=1), SAMPLING)  # connections and caches are warm
-        print("ready", flush=True)
+        answer("ready")
         sys.stdin.readline()
         before, began = engine.timings().steps, time.perf_counter()
         outputs = engine.generate(prompts_of(ROWS), SAMPLING)
         took, steps = time.perf_counter() - began, engine.timings().steps - before
-        report = {
+        told = {
             "nodes": dict(zip(["coordinator", *engine.family.models], placed, strict=True)),
             "shares_memory": engine.shares_memory,
             "steps": steps,
             "seconds": took,
             "outputs": [{"token_ids": o.token_ids, "weights": o.weights} for o in outputs],
         }
-        print(json.dumps(report), flush=True)
+        answer(told)
         sys.stdin.readline()  # the test reads counters before the actors leave
 
 
@@ -65,17 +67,17 @@ def driven(folder):
             text=True,
         )
         first = driver.stdout.readline()
-        if first != "ready\n":
-            pytest.fail(f"{first}{driver.communicate(timeout=60)[1]}")
+        if not first:
+            pytest.fail(driver.communicate(timeout=60)[1])
         before = [nodes.received(i) for i in range(3)]
         driver.stdin.write("\n")
         driver.stdin.flush()
-        report = json.loads(driver.stdout.readline())
+        told = json.loads(driver.stdout.readline())
         received = [nodes.received(i) - before[i] for i in range(3)]
         _, errors = driver.communicate("\n", timeout=60)
         assert driver.returncode == 0, errors
-        head = nodes.addresses.index(report["nodes"]["coordinator"])
-        yield SimpleNamespace(**report, received=received[head])
+        head = nodes.addresses.index(told["nodes"]["coordinator"])
+        yield SimpleNamespace(**told, received=received[head])
 
 
 def test_who_is_on_another_node_does_not_share_memory(driven):

@@ -626,12 +626,13 @@ class Strict:
         self.url = url
         self.headers = {"Authorization": f"Bearer {KEY}"}
 
-    def post(self, **body):
+    def post(self, unread=False, **body):
         return requests.post(
             f"{self.url}/v1/completions",
             json={"model": "slow", **body},
             headers=self.headers,
             timeout=TIMEOUT_S,
+            stream=unread,
         )
 
     def free(self):
@@ -781,9 +782,13 @@ def test_every_request_is_a_line_in_the_log(strict):
 
 @pytest.mark.slow
 def test_a_replica_whose_coordinator_died_is_replaced(strict):
+    """Streams that it cuts end with an error, new requests are served by the next one."""
+    cut = strict.post(unread=True, **ENDLESS, stream=True)  # its first token is there
     mine = psutil.Process().children(recursive=True)
     named = [p for p in mine if "ray::CoordinatorActor" in " ".join(p.cmdline())]
     max(named, key=psutil.Process.create_time).kill()  # the last to start is this application's
+    *_, last = events(cut)
+    assert "try again later" in last["error"]["message"]
     refused(strict.post(**ENDLESS), 503, "try again later")
     deadline = time.monotonic() + 200
     while (answer := strict.post(prompt=[5], max_tokens=1)).status_code != 200:
