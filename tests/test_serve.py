@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,8 @@ import yaml
 from conftest import EXPERTS
 
 from dlf_ray import Family, LocalEngine, SamplingParams
+from dlf_ray.evaluate import answers
+from dlf_ray.tasks import own_task
 from dlf_ray.worker import ModelWorker
 
 TEMPLATE = (
@@ -411,55 +416,66 @@ ITEMS = [
 ]
 
 
-def test_the_harness_scores_as_the_engine_does(url, local, tmp_path, monkeypatch):
-    evaluator = pytest.importorskip("lm_eval").simple_evaluate
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    data = tmp_path / "items.jsonl"
-    data.write_text("\n".join(map(json.dumps, ITEMS)))
-    shared = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-    }
-    choice = {
-        **shared,
-        "task": "tiny_choice",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-    }
-    generation = {
-        **shared,
-        "task": "tiny_generation",
-        "output_type": "generate_until",
-        "doc_to_target": "{{choices[answer]}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "temperature": 0},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    found = evaluator(
-        model="local-completions",
-        model_args=f"model=dlf,base_url={url}/v1/completions,num_concurrent=8,max_length=255",
-        tasks=[choice, generation],
-        bootstrap_iters=0,
-        log_samples=True,
-    )
+def test_the_harness_scores_as_our_own_evaluation_does(url, local, tmp_path):
+    pytest.importorskip("lm_eval")
     questions = [item["question"] for item in ITEMS]
-    pairs = [(item["question"], f" {rest}") for item in ITEMS for rest in item["choices"]]
-    ours = local.score(*map(list, zip(*pairs, strict=True)))
-    samples = sorted(found["samples"]["tiny_choice"], key=lambda sample: sample["doc_id"])
-    theirs = [resp[0] for sample in samples for resp in sample["resps"]]
-    assert [float(t[0]) for t in theirs] == pytest.approx([sum(o.logprobs) for o in ours], abs=1e-3)
-    assert [str(t[1]) == "True" for t in theirs] == [all(o.greedy) for o in ours]
-    sums = [sum(output.logprobs) for output in ours]
-    best = [max(range(3), key=lambda c: sums[3 * i + c]) for i in range(4)]
-    right = [b == item["answer"] for b, item in zip(best, ITEMS, strict=True)]
-    assert found["results"]["tiny_choice"]["acc,none"] == sum(right) / 4
-    end = local.tokenizer.eos_token
-    outputs = local.generate(questions, SamplingParams(max_tokens=8, stop=("\n", end)))
-    samples = sorted(found["samples"]["tiny_generation"], key=lambda sample: sample["doc_id"])
-    assert [sample["resps"][0][0] for sample in samples] == [output.text for output in outputs]
+    said = [o.text for o in local.generate(questions, SamplingParams(max_tokens=8, stop=("\n",)))]
+    assert all(text.strip() for text in said)
+    lines = [{**item, "said": said[n] if n % 2 else "x"} for n, item in enumerate(ITEMS)]
+    data = tmp_path / "items.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    files = Path(__file__).parent / "fixtures" / "lm_eval"
+    options = {
+        "model": "local-completions",
+        "model_args": f"model=dlf,base_url={url}/v1/completions,num_concurrent=8,max_length=255",
+        "tasks": ",".join(
+            str(files / f"{name}.yaml") for name in ("tiny_choice", "tiny_generation")
+        ),
+        "output_path": "found",
+    }
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lm_eval", "run", "--log_samples"]
+        + [word for name, value in options.items() for word in (f"--{name}", value)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "OPENAI_API_KEY": "none"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "found").rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]
+    samples = {
+        name: sorted(
+            map(json.loads, next((tmp_path / "found").rglob(f"samples_{name}_*.jsonl")).open()),
+            key=lambda sample: sample["doc_id"],
+        )
+        for name in ("tiny_choice", "tiny_generation")
+    }
+    ours = {}
+    for name, metric, answer in (
+        ("tiny_choice", "multiple_choice", "answer"),
+        ("tiny_generation", "exact_match", "said"),
+    ):
+        task = own_task(data, "{question}", metric, answer=answer, max_tokens=8, stop=("\n",))
+        items = task.load(data).items
+        answered = {each.item.id: each for each in answers(local, task, items, {})}
+        ours[name] = [answered[item.id] for item in items]
+
+    def mean(task, metric):
+        return sum(answer.scores[metric] for answer in ours[task]) / len(ITEMS)
+
+    theirs = [resp[0] for sample in samples["tiny_choice"] for resp in sample["resps"]]
+    choices = [choice for answer in ours["tiny_choice"] for choice in answer.response.choices]
+    assert [float(t[0]) for t in theirs] == pytest.approx([c.logprob for c in choices], abs=1e-3)
+    for metric in ("acc", "acc_norm"):
+        assert found["tiny_choice"][f"{metric},none"] == mean("tiny_choice", metric)
+    texts = [sample["resps"][0][0] for sample in samples["tiny_generation"]]
+    assert texts == [answer.output.text for answer in ours["tiny_generation"]] == said
+    assert found["tiny_generation"]["exact_match,none"] == mean(
+        "tiny_generation", "exact_match_trimmed"
+    )
+    assert found["tiny_generation"]["exact_match,none"] == 0.5
 
 
 # What it refuses
