@@ -1,73 +1,45 @@
-"""The OpenAI-compatible endpoint on Ray Serve.
+"""The OpenAI-compatible endpoint on Ray Serve: its settings, its deployments, its life.
 
-One light ingress speaks HTTP: it checks keys, sizes and bodies, and passes each request to the
-family that serves the model it names. Each replica of a family owns an engine in the placement
-group that Serve made for the replica, so that Serve adds and removes whole families. A client that
-goes away is noticed by Serve, which cancels the ingress' task and with it the replica's; that frees
-the engine's slots.
+One light ingress speaks HTTP (see `http`) and passes each request to the family that serves the
+model it names. Each replica of a family owns an engine in the placement group that Serve made for
+the replica, so that Serve adds and removes whole families. A client that goes away is noticed by
+Serve, which cancels the ingress' task and with it the replica's; that frees the engine's slots.
 """
 # No `from __future__ import annotations`: Serve validates an application's arguments by the class
 # that its builder is annotated with.
 
-import asyncio
-import hashlib
-import hmac
-import json
 import logging
 import os
 import re
 import signal
-import sys
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
-from importlib.metadata import version
-from importlib.resources import files
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, HTTPOptions
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from dlf_ray.config import Family
 from dlf_ray.engine import Engine
-from dlf_ray.experts import Follower, want
+from dlf_ray.experts import Follower
 from dlf_ray.frontend import EngineError, resolve
-from dlf_ray.openai import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ExpertRequest,
-    Json,
-    Problem,
-    ScoreRequest,
-    TokenizeRequest,
-)
+from dlf_ray.http import Guard, Router, digest, http_app
+from dlf_ray.openai import Json
 from dlf_ray.placement import check_cluster, label_selectors, needs, resources
-from dlf_ray.replica import STREAM_END, Body, Model, Replica, event, to_json
+from dlf_ray.replica import Model, Replica
 from dlf_ray.worker import ModelWorker
 
 FRONT_CPUS = 0.1
 """Of the ingress and of a replica's own process: they tokenize and write JSON, little else."""
-READY_TIMEOUT_S = 2.0
 HEALTH_PERIOD_S = 3.0
 """Serve replaces a replica after three checks that failed."""
 KEYS = "DLF_API_KEYS"
-OPEN_PATHS = ("/", "/health", "/ready")
-"""What needs no API key."""
-log = logging.getLogger("ray.serve")
 
 
 class Settings(BaseModel):
@@ -172,11 +144,7 @@ def _key_digests(listed_keys: str | None) -> list[bytes]:
     keys = [key.strip() for key in listed_keys.split(",") if key.strip()]
     if not keys:
         raise ValueError(f"{KEYS} holds no key; unset it to serve without keys")
-    return [_digest(key.encode()) for key in keys]
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+    return [digest(key.encode()) for key in keys]
 
 
 class FamilyServer(Replica):
@@ -230,295 +198,11 @@ class Ingress:
         self.keys = keys
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        app = http_app(Router(self.models, self.settings), self.settings.max_body_bytes)
-        return Guard(app, self.keys, self.settings.max_body_bytes)
-
-
-class Router:
-    """From a request to the family that answers it, and back to HTTP."""
-
-    def __init__(self, models: Mapping[str, DeploymentHandle[Any]], settings: Settings) -> None:
-        self.models = models
-        self.families = {handle.deployment_id: handle for handle in models.values()}
-        self.timeout_s = settings.request_timeout_s
-        self.updates = settings.allow_expert_updates
-        self.created = int(time.time())
-
-    async def answer(self, request: Request, body: Body | None, model: str | None) -> Response:
-        """The family's answer, streamed if that was asked for."""
-        record = request.state.record
-        record |= {"model": model, "user": getattr(body, "user", None)}
-        if model is None and len(self.families) == 1:
-            model = next(iter(self.models))
-        if model is None or model not in self.models:
-            return refusal(self._unknown(model))
-        record["model"] = model
-        items = self._items(model, body, record)
-        first = await anext(items)
-        if isinstance(first, Problem):
-            await items.aclose()
-            return refusal(first)
-        record["first_s"] = round(time.perf_counter() - record["began"], 4)
-        if getattr(body, "stream", False):
-            headers = {"Cache-Control": "no-cache"}
-            return StreamingResponse(_events(first, items), 200, headers, "text/event-stream")
-        async for _ in items:
-            pass  # the usage
-        return Response(first, media_type="application/json")
-
-    def _unknown(self, model: str | None) -> Problem:
-        if model is None:
-            return Problem(400, f"`model` is missing; there are {list(self.models)}", "model")
-        message = f"there is no model {model!r}; there are {list(self.models)}"
-        return Problem(404, message, "model", "model_not_found")
-
-    async def _items(
-        self, model: str, body: Body | None, record: Json
-    ) -> AsyncGenerator[bytes | Problem, None]:
-        """What the replica sends; ends with a problem if it fails, or takes too long."""
-        stream: Any = (
-            self.models[model].options(stream=True).answer.remote(model, body, record["id"])
+        own = self.settings
+        router = Router(
+            self.models, timeout_s=own.request_timeout_s, updates=own.allow_expert_updates
         )
-        end = asyncio.get_running_loop().time() + self.timeout_s
-        try:
-            while True:
-                async with asyncio.timeout_at(end):
-                    item = await anext(stream)
-                if isinstance(item, dict):
-                    record |= item
-                else:
-                    if isinstance(item, Problem):
-                        record["error"] = item.message
-                    yield item
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            record["error"] = "timeout"
-            yield Problem(
-                504, f"no end within {self.timeout_s:g} s; try again later, or ask for fewer tokens"
-            )
-        except (RayServeException, ray.exceptions.RayActorError) as error:
-            record["error"] = type(error).__name__
-            yield Problem(503, "the model has no room or is restarting; try again later")
-        finally:
-            stream.cancel()
-
-    async def is_ready(self) -> bool:
-        async def asked(handle: DeploymentHandle[Any]) -> bool:
-            try:
-                return bool(await asyncio.wait_for(handle.ready.remote(), READY_TIMEOUT_S))
-            except (TimeoutError, RayServeException, ray.exceptions.RayError):
-                return False
-
-        return all(await asyncio.gather(*map(asked, self.families.values())))
-
-    async def experts(self, model: str | None) -> Json | Problem:
-        """The experts of a model's family, as one of its replicas has them."""
-        if model is None and len(self.families) == 1:
-            model = next(iter(self.models))
-        if model is None or model not in self.models:
-            return self._unknown(model)
-        states = await self.models[model].experts.remote()
-        data = [{"id": n, "object": "expert", "state": state} for n, state in states.items()]
-        return {"object": "list", "model": model, "data": data}
-
-    async def update(self, model: str | None, name: str, expert: Json | None) -> Json | Problem:
-        """Has all replicas of a model's family add an expert, or take it out."""
-        if not self.updates:
-            return Problem(403, "experts are fixed here: serve with `allow_expert_updates`")
-        known = await self.experts(model)
-        if isinstance(known, Problem):
-            return known
-        there = [each["id"] for each in known["data"] if each["state"] == "ready"]
-        if expert is not None and name in there:
-            return Problem(409, f"there is an expert {name!r} already", "name")
-        if expert is None and name not in there:
-            return Problem(404, f"there is no expert {name!r}; there are {there}")
-        family = self.models[known["model"]].deployment_id
-        try:
-            want(f"{family.app_name}#{family.name}", name, expert)
-        except ValueError as error:
-            return Problem.invalid(error)
-        return {"id": name, "object": "expert", "state": "changing"}
-
-    def listing(self) -> Json:
-        entry = {"object": "model", "created": self.created, "owned_by": "dlf_ray"}
-        return {"object": "list", "data": [{"id": name, **entry} for name in self.models]}
-
-
-async def _events(
-    first: bytes, items: AsyncGenerator[bytes | Problem, None]
-) -> AsyncGenerator[bytes, None]:
-    """The stream; a problem on the way is its last event but the end's."""
-    async with aclosing(items) as rest:
-        yield first
-        async for item in rest:
-            if isinstance(item, Problem):
-                yield event(item.body) + STREAM_END
-            else:
-                yield item
-
-
-def refusal(problem: Problem) -> Response:
-    return Response(
-        to_json(problem.body), problem.status, problem.headers, media_type="application/json"
-    )
-
-
-def said(what: Json | Problem, status: int = 200) -> Response:
-    if isinstance(what, Problem):
-        return refusal(what)
-    return Response(to_json(what), status, media_type="application/json")
-
-
-def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
-    """The routes, with every error in OpenAI's words."""
-    app = FastAPI(
-        title="dlf_ray",
-        description="Dynamic Logits Fusion behind OpenAI's API.",
-        version=version("dlf_ray"),
-    )
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return refusal(Problem.of_validation(error.errors()))
-
-    @app.exception_handler(StarletteHTTPException)
-    async def http_error(request: Request, error: StarletteHTTPException) -> Response:
-        message = {
-            404: f"there is nothing at {request.url.path}; see /docs",
-            405: f"{request.url.path} does not take {request.method}",
-            413: f"the body is larger than {max_body_bytes} bytes",
-        }.get(error.status_code, str(error.detail))
-        return refusal(Problem(error.status_code, message))
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        id = request.state.record["id"]
-        return refusal(Problem(500, f"the server failed; its log has the request as {id}"))
-
-    @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await router.answer(request, body, body.model)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await router.answer(request, body, body.model)
-
-    @app.post("/v1/score")
-    async def score(request: Request, body: ScoreRequest) -> Response:
-        return await router.answer(request, body, body.model)
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
-        return await router.answer(request, body, body.model)
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-        return await router.answer(request, body, body.model)
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
-        return await router.answer(request, None, model)
-
-    @app.get("/v1/models")
-    async def models() -> Json:
-        return router.listing()
-
-    @app.get("/v1/experts")
-    async def experts(model: str | None = None) -> Response:
-        return said(await router.experts(model))
-
-    @app.post("/v1/experts")
-    async def add_expert(body: ExpertRequest) -> Response:
-        return said(await router.update(body.model, body.name, body.expert), 202)
-
-    @app.delete("/v1/experts/{name}")
-    async def remove_expert(name: str, model: str | None = None) -> Response:
-        return said(await router.update(model, name, None), 202)
-
-    @app.get("/health")
-    async def health() -> Json:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        if await router.is_ready():
-            return Response(to_json({"status": "ready"}), media_type="application/json")
-        return refusal(Problem(503, "not all models answer yet"))
-
-    @app.get("/", include_in_schema=False)
-    async def playground() -> Response:
-        return FileResponse(str(files("dlf_ray") / "playground.html"), media_type="text/html")
-
-    return app
-
-
-class Guard:
-    """Around everything else: API keys, the size limit, one line in the log for each request."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], max_body_bytes: int) -> None:
-        self.app = app
-        self.keys = keys
-        self.max_body_bytes = max_body_bytes
-        self.log = logging.getLogger("dlf_ray.requests")
-        self.log.propagate = False
-        self.log.setLevel(logging.INFO)
-        self.log.handlers = [logging.StreamHandler(sys.stdout)]  # a line of JSON and nothing else
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        id = Headers(scope=scope)["x-request-id"]  # the client's, or one that Serve has given
-        record: Json = {"id": id, "began": time.perf_counter(), "status": 499}
-        scope.setdefault("state", {})["record"] = record
-
-        async def sent(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record["status"] = message["status"]
-            await send(message)
-
-        # Nothing is read of a body that says it is too large; others may grow until they are.
-        length = Headers(scope=scope).get("content-length", "0")
-        read = int(length) if length.isdecimal() else 0
-
-        async def received() -> Message:
-            nonlocal read
-            message: Message = {"type": "http.disconnect"}
-            if read <= self.max_body_bytes:
-                message = await receive()
-                read += len(message.get("body", b"")) if length == "0" else 0
-            if read > self.max_body_bytes:
-                raise StarletteHTTPException(413)
-            return message
-
-        try:
-            if self._allowed(scope):
-                await self.app(scope, received, sent)
-            else:
-                problem = Problem(401, "no valid API key: send `Authorization: Bearer KEY`")
-                await refusal(problem)(scope, receive, sent)
-        except Exception:
-            # The client has its answer, from the application's handler or cut off.
-            log.exception("request %s failed", id)
-            record["status"] = 500
-        finally:
-            seconds = time.perf_counter() - record.pop("began")
-            known = {name: value for name, value in record.items() if value is not None}
-            place = {"method": scope["method"], "path": scope["path"]}
-            self.log.info(
-                json.dumps({"time": time.time(), **place, **known, "seconds": round(seconds, 4)})
-            )
-
-    def _allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"].removeprefix(scope["root_path"]) in OPEN_PATHS:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        digest = _digest(given.removeprefix(b"Bearer "))
-        # All of them, so that the time says nothing about which one came close.
-        matches = [hmac.compare_digest(digest, key) for key in self.keys]
-        return any(matches)
+        return Guard(http_app(router, own.max_body_bytes), self.keys, own.max_body_bytes)
 
 
 def run_server(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> None:

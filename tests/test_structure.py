@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlf_ray"
 LIBRARIES = {
-    "ray": {"engine", "capacity", "placement", "bench", "experts", "serve"},
-    "fastapi": {"serve"},
-    "starlette": {"serve"},
+    "ray": {"engine", "capacity", "placement", "bench", "experts", "http", "serve"},
+    "fastapi": {"http"},
+    "starlette": {"http", "serve"},
     "pydantic": {"serve", "replica", "openai"},
     "zmq": {"transport", "bench"},
     "transformers": {"loading", "runner", "train", "demo"},
