@@ -197,10 +197,10 @@ class Scheduler:
     def plan(self) -> Step:
         """The next step, which counts as computed from here on.
 
-        Decoding sequences come first, so that a long prompt delays no running answer; what is left
-        of the budget goes to prompts in the order of their arrival. The tail of a sequence is
-        computed by all of its models in the same steps; until the budget of every one of them
-        allows some of it, they only catch up to the token before.
+        When its turn comes, a sequence takes what it can use of the budget that is left, but for a
+        half if shorter prompts ask for that. The tail of a sequence is computed by all of its
+        models in the same steps; until the budget of every one of them allows some of it, they only
+        catch up to the token before.
         """
         self._forget_lost_sources()
         self._admit()
@@ -208,18 +208,20 @@ class Scheduler:
         rows = self.max_rows
         chunks: dict[str, list[tuple[Sequence, int, int]]] = {}
         ready: dict[Sequence, int] = {}
-        # A stable sort: first those that all of their models have caught up with.
-        able = [sequence for sequence in self.running if not self.held(sequence)]
-        for sequence in sorted(able, key=lambda s: max(map(s.behind, s.computed)) > 1):
+        for sequence, shorter in self._turns():
             tail = sequence.tail
-            budget = {m: left.get(m, self.max_num_batched_tokens) for m in sequence.computed}
+            budget = {}
+            for model in sequence.computed:
+                tokens = left.setdefault(model, self.max_num_batched_tokens)
+                asked = sum(each.behind(model) for each in shorter if model in each.computed)
+                budget[model] = max((tokens + 1) // 2, tokens - asked)
             catch_up = {m: max(0, sequence.behind(m) - tail) for m in sequence.computed}
             meet = min(tail, rows, *(budget[m] - catch_up[m] for m in budget))
             for model in budget:
                 size = catch_up[model] + meet if meet > 0 else min(catch_up[model], budget[model])
                 if size:
                     chunks.setdefault(model, []).append((sequence, size, max(0, meet)))
-                    left[model] = budget[model] - size
+                    left[model] -= size
             if meet > 0:
                 ready[sequence] = meet
                 rows -= meet
@@ -227,6 +229,20 @@ class Scheduler:
         # In the order of slots, so that a model finds the rows of a full batch in storage order.
         ready = dict(sorted(ready.items(), key=lambda item: item[0].slot))
         return Step({model: self._to_plan(model, part) for model, part in chunks.items()}, ready)
+
+    def _turns(self) -> list[tuple[Sequence, list[Sequence]]]:
+        """The sequences that can go on in the order of the plan, each with the prompts that it has
+        to leave room for.
+
+        Decoding sequences come first, so that a long prompt delays no running answer; then the
+        oldest prompt, so that it gets on whatever follows; then the shortest ones.
+        """
+        behind = {s: max(map(s.behind, s.computed)) for s in self.running if not self.held(s)}
+        prompts = [sequence for sequence, tokens in behind.items() if tokens > 1]
+        oldest = prompts[0] if prompts else None
+        shorter = [each for each in prompts if behind[each] < behind[prompts[0]]]
+        order = sorted(behind, key=lambda s: (behind[s] > 1, s is not oldest, behind[s]))
+        return [(sequence, shorter if sequence is oldest else []) for sequence in order]
 
     def _forget_lost_sources(self) -> None:
         """A copy that found no room in its step's budget is off once its source is overwritten."""

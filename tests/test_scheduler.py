@@ -152,6 +152,46 @@ def test_a_long_prompt_does_not_delay_running_answers():
         short.generated.append(1)
 
 
+def test_short_prompts_need_not_wait_for_long_ones_nor_hold_them_up():
+    """Long ones came first, and short ones keep coming."""
+    scheduler = Scheduler(max_num_seqs=8, max_num_batched_tokens=100)
+    first, second = (sequence(id, range(1000 * id, 1000 * id + 990), new=1) for id in (1, 2))
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.plan()
+    assert (first.computed["large"], second.computed["large"]) == (100, 0)
+    steps = 1
+    while first.computed["large"] < 950:
+        short = [sequence(10 * steps + n, [1000 * n + steps] * 12, new=1) for n in range(6)]
+        for each in short:
+            scheduler.add(each)
+        step = scheduler.plan()
+        steps += 1
+        assert step.plans["large"].lengths.sum() == 100
+        # Four of 12 tokens and a part of the next one fit into half of that.
+        assert sum(each in step.ready for each in short) == 4
+        for each in short:
+            scheduler.remove(each)
+    assert steps == 1 + (950 - 100) // 50
+    assert second.computed["large"] == 0
+    assert list(scheduler.plan().ready) == [first]
+    assert (first.computed["large"], second.computed["large"]) == (990, 60)
+
+
+def test_prompts_of_one_length_are_served_as_they_came():
+    scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=30)
+    many = [sequence(id, range(100 * id, 100 * id + 30), new=1) for id in range(4)]
+    for each in many:
+        scheduler.add(each)
+    ready = []
+    while len(ready) < 4:
+        ready += [each.request.id for each in scheduler.plan().ready if each not in ready]
+        for each in many:
+            if each in scheduler.running and each.request.id in ready:
+                scheduler.remove(each)
+    assert ready == [0, 1, 2, 3]
+
+
 def test_a_whole_prompt_fits_one_step_when_the_budget_allows():
     scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=2048)
     scheduler.add(sequence(0, range(500), new=1))
