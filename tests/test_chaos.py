@@ -31,7 +31,7 @@ def workers():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_answer_is_the_undisturbed_one(ray_cluster):
+def test_every_answer_is_the_undisturbed_one(ray_cluster, capsys):
     family = Family.from_yaml(demo.build() / "family.yaml")
     items = [item for task in demo.TASKS for item in demo.items(task, "test", 0)[:REQUESTS]]
     items = random.Random(0).sample(items, REQUESTS)
@@ -73,9 +73,10 @@ def test_every_answer_is_the_undisturbed_one(ray_cluster):
     assert recoveries
     seconds = [each.seconds for each in recoveries]
     extra = took - len(rounds) * undisturbed
-    print(
-        f"\n{len(kills)} kills, {len(recoveries)} recoveries, "
-        f"median {statistics.median(seconds):.1f} s, "
-        f"longest {max(seconds):.1f} s; {len(rounds) * REQUESTS} answers in {took:.0f} s, "
-        f"{extra:.0f} s more than undisturbed; load {os.getloadavg()[0]:.0f}"
-    )
+    with capsys.disabled():
+        print(
+            f"\n{len(kills)} kills, {len(recoveries)} recoveries, "
+            f"median {statistics.median(seconds):.1f} s, "
+            f"longest {max(seconds):.1f} s; {len(rounds) * REQUESTS} answers in {took:.0f} s, "
+            f"{extra:.0f} s more than undisturbed; load {os.getloadavg()[0]:.0f}"
+        )

@@ -94,16 +94,17 @@ def test_spread_over_nodes_it_gives_what_the_oracle_gives(driven, oracle):
         oracle.check(prompt, SimpleNamespace(**answer, error=None), EXPERTS)
 
 
-def test_little_more_than_the_logits_crosses_the_network(driven):
+def test_little_more_than_the_logits_crosses_the_network(driven, capsys):
     """Beside them: encryption, headers, acknowledgements of plans, and Ray's own heartbeats."""
     remote = sum(not shared for shared in driven.shares_memory.values())
     floor = remote * ROWS * TOKENS * VOCAB * 4
-    print(
-        f"\n{remote} of {len(driven.shares_memory)} models on other nodes, "
-        f"{driven.received / driven.steps:.0f} bytes a step received, "
-        f"floor {floor / driven.steps:.0f}, "
-        f"{1000 * driven.seconds / driven.steps:.1f} ms a step"
-    )
+    with capsys.disabled():
+        print(
+            f"\n{remote} of {len(driven.shares_memory)} models on other nodes, "
+            f"{driven.received / driven.steps:.0f} bytes a step received, "
+            f"floor {floor / driven.steps:.0f}, "
+            f"{1000 * driven.seconds / driven.steps:.1f} ms a step"
+        )
     assert floor <= driven.received < 1.2 * floor
 
 
