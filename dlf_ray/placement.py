@@ -121,12 +121,15 @@ def need_of(name: str, asked: ActorOptions) -> Need:
 
 
 def check_cluster(needs: Needs, strategy: str) -> None:
-    """Raises `ValueError`, with what is needed and what there is, if the family can never fit.
+    """Says (at level INFO) what is needed and what there is; raises `ValueError` with the same if
+    the family can never fit.
 
     What is not there yet but may be started by the cluster's autoscaler counts as well.
     """
     wanted = list(needs.values())
-    if fits(wanted, Capacity(present()), strategy):
+    there = Capacity(present())
+    if fits(wanted, there, strategy):
+        log.info("the cluster has room for the family: %s", _sides(needs, there))
         return
     capacity = possible()
     if capacity is None:
@@ -134,17 +137,21 @@ def check_cluster(needs: Needs, strategy: str) -> None:
             "the family needs more nodes than the cluster has; what its autoscaler may add cannot "
             "be read here, so they are waited for"
         )
-    elif not fits(wanted, capacity, strategy):
+    elif fits(wanted, capacity, strategy):
+        log.info("the cluster will have room for the family: %s", _sides(needs, capacity))
+    else:
         problems = "; ".join(_problems(needs, capacity, strategy))
-        asked = [f"  {name}: {_amounts(need)}" for name, need in needs.items()]
         raise ValueError(
-            f"the cluster is too small for the family: {problems}. Its actors ask for\n"
-            + "\n".join(asked)
-            + "\nThe cluster's nodes:\n"
-            + "\n".join(_nodes(capacity))
-            + "\nAdd nodes (or raise `max_workers` of its autoscaler), or ask for less in the "
+            f"the cluster is too small for the family: {problems}. {_sides(needs, capacity)}\n"
+            "Add nodes (or raise `max_workers` of its autoscaler), or ask for less in the "
             "family file (fractions of `num_cpus` and `num_gpus` share a CPU or a GPU)."
         )
+
+
+def _sides(needs: Needs, capacity: Capacity) -> str:
+    """What the family needs, and what the cluster has or may get, a line each."""
+    asked = [f"  {name}: {_amounts(need)}" for name, need in needs.items()]
+    return "\n".join(["Its actors ask for", *asked, "The cluster's nodes:", *_nodes(capacity)])
 
 
 def _problems(needs: Needs, capacity: Capacity, strategy: str) -> list[str]:

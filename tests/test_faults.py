@@ -298,14 +298,15 @@ from ray.cluster_utils import Cluster
 from conftest import family_of
 from pathlib import Path
 from dlf_ray import Engine, SamplingParams
+from test_faults import Mortal
 
 small = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=small)
 nodes = [cluster.add_node(**small) for _ in range(2)]
 ray.init(cluster.address, log_to_driver=False)
-sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+sampling = SamplingParams(max_tokens=240, ignore_eos=True)  # longer than a node takes to die
 family = family_of(Path(sys.argv[1]), experts=("math",), placement_strategy="SPREAD")
-with Engine(family) as engine:
+with Engine(family, worker=Mortal) as engine:
     places = lambda: list(next(iter(ray.util.placement_group_table().values()))[
         "bundles_to_node_id"].values())
     expected = engine.generate([5, 6], sampling)[0].token_ids

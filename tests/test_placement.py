@@ -151,6 +151,19 @@ def test_what_no_node_has_is_refused_at_once(folder, options, words):
     assert not groups()
 
 
+def test_what_is_needed_is_said_before_anything_starts(ray_cluster, folder, caplog):
+    family = family_of(folder, experts=("math",))
+    with caplog.at_level(logging.INFO, "dlf_ray"):
+        placement.check_cluster(needs(family), "PACK")
+    for words in (
+        "has room for the family",
+        "coordinator: 0.1 CPU",
+        "math: 0.1 CPU",
+        "1 with 4 CPU",
+    ):
+        assert words in caplog.text
+
+
 @pytest.fixture
 def hog(ray_cluster):
     @ray.remote(num_cpus=3.8)
