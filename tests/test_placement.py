@@ -9,7 +9,7 @@ import ray
 from conftest import family_of
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
-from test_ends import groups
+from test_ends import groups, settled
 
 from dlf_ray import Engine, EngineError, capacity, placement
 from dlf_ray.capacity import Capacity, Need, Node, fits, limits, matches
@@ -195,6 +195,7 @@ def test_hidden_limits_of_an_autoscaler_are_waited_for(folder, hog, caplog, monk
         raise LookupError
 
     monkeypatch.setattr(capacity, "autoscaler_config", nothing)
+    assert settled(capacity._report)  # the autoscaler's first one, some seconds after its start
     family = family_of(folder, experts=("math",), num_cpus=5, placement_timeout_s=0.5)
     with pytest.raises(EngineError, match=r"no place for coordinator \(5 CPU\)"):
         Engine(family)
