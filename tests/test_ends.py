@@ -132,8 +132,9 @@ SCRIPT = """
 import sys
 from dlf_ray import Engine, Family, SamplingParams
 with Engine(Family.from_yaml(sys.argv[1])) as engine:
-    for piece in engine.stream([5], SamplingParams(max_tokens=100_000, ignore_eos=True)):
-        print("token", flush=True)
+    while True:  # a context is filled within a second
+        for piece in engine.stream([5], SamplingParams(max_tokens=100_000, ignore_eos=True)):
+            print("token", flush=True)
 """
 
 
