@@ -270,7 +270,7 @@ def test_a_large_model_that_cannot_come_back_ends_the_engine(folder, tmp_path, p
 
 
 def test_the_death_of_the_coordinator_fails_everything_at_once(folder, prompts):
-    engine = Engine(family_of(folder, experts=("math",)))
+    engine = Engine(family_of(folder, experts=("math",)), worker=Mortal)  # it takes its time
     stream = engine.stream(prompts[0], SamplingParams(max_tokens=10_000, ignore_eos=True))
     next(stream)
     # The newest is ours.
