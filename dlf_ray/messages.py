@@ -22,6 +22,14 @@ import torch
 
 Ints = npt.NDArray[np.int32]
 MAX_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
+"""Stop strings of a request, and characters of each: they are looked for at every token."""
+MAX_STOP_TOKENS = 1024
+MAX_BIASES = 1024
+MAX_CANDIDATES = 256
+"""Of a step's search for weights, over the bounds of all experts of a request together."""
+MAX_WEIGHT = 100.0
+"""The size of weights and of bounds: float32 has room for any logits times it."""
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -90,6 +98,17 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             )
         if not all(-100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise ValueError("`logit_bias` must be within -100 and 100 for each token")
+        for name, most in (
+            ("stop", MAX_STOPS),
+            ("stop_token_ids", MAX_STOP_TOKENS),
+            ("logit_bias", MAX_BIASES),
+        ):
+            if len(getattr(self, name)) > most:
+                raise ValueError(
+                    f"`{name}` has {len(getattr(self, name))} entries; at most {most} are taken"
+                )
+        if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise ValueError(f"`stop` holds a string longer than {MAX_STOP_LENGTH} characters")
         for name in ("logprobs", "prompt_logprobs"):
             if not 0 <= (getattr(self, name) or 0) <= MAX_LOGPROBS:
                 raise ValueError(
