@@ -13,11 +13,17 @@ multiply-adds per token of the vocabulary, and on a CPU the exponentials are the
 one core needs 40 us for an `expm1` and 6 us for a multiply-add. So the candidates of the grid are
 made from each other, by multiply-adds. All 21 cost 0.4 ms, no more than the ten or so that a
 bisection would evaluate singly (both divergences grow monotonically with `a >= 0`).
+
+Every row has a grid of its own, and how it is computed depends on that row alone, so that its
+answer is the same whatever else is in the batch. Sums over the vocabulary are in float32, what
+little is made of them in float64. For finite inputs the fused logits are finite as long as logits
+stay below 1e35 in size and weights and bounds within 100 (the loss, a square of nats, as long as
+logits stay below 1e16); beyond, float32 overflows, in that row alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +32,14 @@ from torch import Tensor
 Rule = Literal["grid", "exact", "static"]
 Select = Literal["paper", "strongest", "blend"]
 Bounds = Sequence[tuple[float, float]]
+
+LADDER = 32
+"""Candidates that are made at once, which bounds the memory of a fine grid."""
+STEEPEST = 60.0
+"""The largest exponent that float32 is trusted with: beyond, the sums may overflow, or lift tokens
+whose probability has underflowed."""
+CANCELLING = 256.0
+"""Shifts of this size leave float32 too few digits to tell the best tokens apart."""
 
 
 class Fused(NamedTuple):
@@ -55,11 +69,11 @@ class Aims(NamedTuple):
     parts: Tensor
     """[D, R, T]: the weights of the experts are `alpha` times these."""
     target: Tensor
-    """[2, R], nats: what KL(fused || large) and KL(large || fused) are to be."""
+    """[2, R], nats, float64: what KL(fused || large) and KL(large || fused) are to be."""
     experts: int
     """How many experts the target stands for."""
     spread: Tensor
-    """[R]: the part of the loss that no weight can change."""
+    """[R], float64: the part of the loss that no weight can change."""
 
 
 def fuse(
@@ -105,7 +119,7 @@ def aim(
     *,
     rule: Rule,
     select: Select,
-    weights: Sequence[float] | None = None,  # T
+    weights: Tensor | Sequence[float] | None = None,  # [R, T], or T for all rows
 ) -> Aims:
     """The directions in which the small models pull, and how far their experts are from the base.
 
@@ -123,22 +137,31 @@ def aim(
         shapes = [tuple(logits.shape) for logits in (base, *experts)]
         raise ValueError(f"base and experts are {shapes}: give each as [rows, vocabulary], alike")
     count, rows = len(experts), len(base)
-    if weights is not None and len(weights) != count:
-        raise ValueError(f"`weights` has {len(weights)} entries: give one for each of {count}")
+    factors = torch.ones(count) if weights is None else torch.as_tensor(weights)
+    if factors.shape not in ((count,), (rows, count)):
+        raise ValueError(
+            f"`weights` is of {list(factors.shape)}: give one for each of {count} experts, or for "
+            f"each of {rows} rows and {count} experts"
+        )
 
-    base = base.float()
-    shifts = base.new_empty(count, *base.shape)
+    shifts = base.new_empty(count, *base.shape, dtype=torch.float32)
+    # the difference in the digits of the inputs: what is equal there must leave nothing
+    exact = torch.float32
+    for logits in (base, *experts):
+        exact = torch.promote_types(exact, logits.dtype)
+    peak, start = base.argmax(-1, keepdim=True), base.to(exact)
     for shift, expert in zip(shifts, experts, strict=True):
-        torch.sub(expert, base, out=shift)
-    # a constant shift becomes zero exactly; at a probable token this costs no digits
-    shifts -= shifts.gather(-1, base.argmax(-1)[None, :, None].expand(count, -1, -1))
+        difference = expert.to(exact) - start
+        # a constant shift becomes zero exactly; at a probable token this costs no digits
+        torch.sub(difference, difference.gather(-1, peak), out=shift)
     if not count:
-        none = base.new_zeros(2, rows)
-        return Aims("static", shifts, base.new_zeros(0, rows, 0), none, 0, none[0])
+        none = shifts.new_zeros(2, rows, dtype=torch.float64)
+        return Aims("static", shifts, shifts.new_zeros(0, rows, 0), none, 0, none[0])
+    base = base.float()
     probs = base.softmax(-1)
 
     def distances(shifts: Tensor) -> Tensor:  # [2, D, R]: KL(expert || base), KL(base || expert)
-        alpha = base.new_ones(*shifts.shape[:2], 1)
+        alpha = base.new_ones(*shifts.shape[:2], 1, dtype=torch.float64)
         return _divergences(alpha, _cumulants(base, probs, shifts, alpha))[..., 0]
 
     each = distances(shifts)
@@ -147,7 +170,7 @@ def aim(
         target = each.mean(1)
         spread = (each - target[:, None]).square().sum((0, 1))
         if rule == "static":
-            parts = base.new_tensor([1.0] * count if weights is None else weights).expand(rows, -1)
+            parts = factors.to(base).expand(rows, -1)
             return Aims("static", _mix(shifts, parts), parts[None], target, count, spread)
         return Aims("paper", shifts, single[:, None].expand(-1, rows, -1), target, count, spread)
 
@@ -155,11 +178,11 @@ def aim(
     if select == "strongest":
         best = pull.argmax(-1)
         parts = single[best]
-        shifts = _mix(shifts, parts)
+        shifts = _chosen(shifts, best)[None]
         target = each[:, best, torch.arange(rows, device=base.device)]
     else:
         total = pull.sum(-1, keepdim=True)
-        parts = torch.where(total > 0, pull / total, 1 / count)
+        parts = torch.where(total > 0, pull / total, 1 / count).float()
         shifts = _mix(shifts, parts)
         target = distances(shifts)[:, 0]
     return Aims(select, shifts, parts[None], target, 1, torch.zeros_like(target[0]))
@@ -170,8 +193,8 @@ def weigh(
     aims: Aims,
     *,
     rule: Rule = "grid",
-    step: float = 0.1,
-    bounds: Bounds | None = None,  # T of (low, high)
+    step: Tensor | float = 0.1,  # [R], or one for all rows
+    bounds: Tensor | Bounds | None = None,  # [R, T, 2] or T for all rows: (low, high)
 ) -> Fused:
     """Weighs the experts at this step and adds their shifts to the large model's logits.
 
@@ -180,10 +203,13 @@ def weigh(
     minimum in the reals, within one step and the bounds. `static` takes the weights of `aim`, which
     know no bounds.
 
-    Raises `ValueError` where `large`, `rule` or `bounds` do not fit the aims.
+    Tensors of steps and bounds best are float64 (a step of float32 misses the last candidate of a
+    long grid) and on the CPU: how many candidates there are has to be known there.
+
+    Raises `ValueError` where `large`, `rule`, `step` or `bounds` do not fit the aims.
     """
     _check("rule", rule, Rule)
-    directions, rows, count = aims.parts.shape
+    _, rows, count = aims.parts.shape
     if large.shape != aims.shifts.shape[1:]:
         fit = list(aims.shifts.shape[1:])
         raise ValueError(f"large is {list(large.shape)}: give it as the small models' {fit}")
@@ -195,36 +221,41 @@ def weigh(
         raise ValueError(
             f"rule {rule!r} cannot weigh aims of {aims.select!r}: use one rule in both"
         )
-    limits = [(0.0, 2.0)] * count if bounds is None else list(bounds)
-    ladder = None  # the distance of candidates that are its multiples, 0 first
-    if rule == "static":
-        alpha, tops = logits.new_ones(1, rows, 1), logits.new_ones(1, rows)
-    else:
-        if aims.select == "blend" and len(set(limits)) > 1:
-            raise ValueError(f"`blend` has one weight for all experts: make {limits} equal")
-        who = aims.parts.argmax(-1)  # [D, R]: the expert whose bounds hold
-        alpha = logits.new_tensor(_grids(limits, step, count))[who]  # [D, R, K]
-        tops = logits.new_tensor([high for _, high in limits])[who]  # [D, R]
-        ladder = step if all(low == 0 for low, _ in limits) else None
-
     probs = logits.softmax(-1)
-    kl = _divergences(alpha, _cumulants(logits, probs, aims.shifts, alpha, ladder=ladder))
-    loss = _loss(kl, aims).masked_fill_(alpha > tops[..., None] + step / 1000, torch.inf)
+    if rule == "static":
+        alpha = logits.new_ones(1, rows, 1, dtype=torch.float64)
+        kl = _divergences(alpha, _cumulants(logits, probs, aims.shifts, alpha))
+        loss = _loss(kl, aims)
+    else:
+        limits, steps = _limits(bounds, step, rows, count)
+        if aims.select == "blend" and not (limits == limits[:, :1]).all():
+            raise ValueError("`blend` has one weight for all experts: make their bounds equal")
+        grids, beyond, alike = _grids(limits, steps)
+        limits, steps, grids, beyond = (x.to(logits.device) for x in (limits, steps, grids, beyond))
+        who = aims.parts.argmax(-1)  # [D, R]: the expert whose bounds hold
+        row = torch.arange(rows, device=who.device)
+        alpha = grids[row, who]  # [D, R, K]
+        kl = alpha.new_zeros(2, *alpha.shape)
+        for at, length, is_ladder in alike:
+            own = alpha[:, at, :length]
+            ladder = steps[at] if is_ladder else None
+            sums = _cumulants(logits[at], probs[at], aims.shifts[:, at], own, ladder=ladder)
+            kl[:, :, at, :length] = _divergences(own, sums)
+        loss = _loss(kl, aims).masked_fill_(beyond[row, who], torch.inf)
+
     best = loss.argmin(-1, keepdim=True)
     points = torch.stack([x.gather(-1, best)[..., 0] for x in (loss, alpha, *kl)])  # [4, D, R]
     if rule == "exact":
-        low = torch.maximum(points[1] - step, alpha[..., 0])
-        high = torch.minimum(points[1] + step, tops)
+        low = torch.maximum(points[1] - steps, limits[row, who, 0])
+        high = torch.minimum(points[1] + steps, limits[row, who, 1])
         finer = _refine(logits, probs, aims, points[1], low, high)
         points = torch.where(finer[0] < points[0], finer, points)
-    winner = points[0].argmin(0, keepdim=True)  # [1, R]
-    at = torch.arange(directions, device=winner.device)[:, None] == winner  # [D, R]
-    alphas = points[1] * at
-    for one, shift in zip(alphas, aims.shifts, strict=True):
-        logits = torch.addcmul(logits, one[:, None], shift)
-    weights = (alphas[..., None] * aims.parts).sum(0)
-    loss, _, f, g = points.gather(1, winner.expand(4, 1, rows))[:, 0]
-    return Fused(logits, weights, loss, torch.stack([f, g], -1))
+    winner = points[0].argmin(0)  # [R]
+    loss, weight, f, g = points.gather(1, winner.expand(4, 1, rows))[:, 0]
+    row = torch.arange(rows, device=winner.device)
+    weights = weight[:, None] * aims.parts[winner, row]
+    fused = _shifted(logits, weight, _chosen(aims.shifts, winner))
+    return Fused(fused, weights.float(), loss.float(), torch.stack([f, g], -1).float())
 
 
 def _check(name: str, value: str, valid: Any) -> None:
@@ -232,17 +263,67 @@ def _check(name: str, value: str, valid: Any) -> None:
         raise ValueError(f"unknown {name} {value!r}: use {', '.join(get_args(valid))}")
 
 
-def _grids(bounds: Bounds, step: float, count: int) -> list[list[float]]:
-    """The candidates of each expert, T lists of the longest one's length."""
-    if len(bounds) != count:
-        raise ValueError(f"`bounds` has {len(bounds)} entries: give one for each of {count}")
-    if not step > 0:
+def _limits(
+    bounds: Tensor | Bounds | None, step: Tensor | float, rows: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Bounds [R, T, 2] and steps [R], checked, in float64 on the CPU."""
+    given = [(0.0, 2.0)] * count if bounds is None else bounds
+    if isinstance(given, Tensor):
+        if given.shape != (rows, count, 2):
+            raise ValueError(
+                f"`bounds` is {list(given.shape)}: give (low, high) for each of {rows} rows and "
+                f"{count} experts"
+            )
+    elif len(given) != count:
+        raise ValueError(f"`bounds` has {len(given)} entries: give one for each of {count}")
+    limits = torch.as_tensor(given, dtype=torch.float64, device="cpu").expand(rows, count, 2)
+    steps = torch.as_tensor(step, dtype=torch.float64, device="cpu")
+    if steps.shape not in ((), (rows,)):
+        raise ValueError(f"`step` is {list(steps.shape)}: give one, or one for each of {rows} rows")
+    if not (steps > 0).all():
         raise ValueError(f"`step` is {step}: give the distance of two candidates, above 0")
-    for low, high in bounds:
-        if not low <= high:
-            raise ValueError(f"bounds [{low}, {high}] are empty: give low <= high")
-    length = max(int((high - low) / step + 1e-6) for low, high in bounds) + 1
-    return [[low + step * k for k in range(length)] for low, _ in bounds]
+    for low, high in limits[~(limits[..., 0] <= limits[..., 1])].tolist():
+        raise ValueError(f"bounds [{low}, {high}] are empty: give low <= high")
+    return limits, steps.expand(rows)
+
+
+def _grids(
+    limits: Tensor,  # [R, T, 2]
+    steps: Tensor,  # [R]
+) -> tuple[Tensor, Tensor, list[tuple[slice | Tensor, int, bool]]]:
+    """The candidates of each row and expert [R, T, K], and which of them are beyond its bounds.
+
+    K is the longest row's; the last list says which rows may be computed together: those of equal
+    length, and whether their candidates are steps up from a start at 0 or above.
+    """
+    low, high = limits.unbind(-1)
+    counts = ((high - low) / steps[:, None] + 1e-6).floor() + 1  # [R, T]
+    if not (counts < 2**20).all():
+        raise ValueError(f"the bounds hold {counts.max():.3g} candidates: give a larger `step`")
+    lengths = counts.amax(-1).long().tolist()
+    at = torch.arange(max(lengths, default=1))
+    last = counts[..., None] - 1
+    grids = low[..., None] + torch.minimum(at, last) * steps[:, None, None]
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for row, key in enumerate(zip(lengths, (low >= 0).all(-1).tolist(), strict=True)):
+        groups.setdefault(key, []).append(row)
+    alike = [
+        (slice(None) if len(groups) == 1 else torch.tensor(rows), *key)
+        for key, rows in groups.items()
+    ]
+    return grids, at > last, alike
+
+
+def _shifted(logits: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """logits + weight * shift, [R, V] from [R, V], [R] and [R, V]; where that is large, less its
+    maximum, in float64 until then."""
+    fused = torch.addcmul(logits, weight[:, None].float(), shift)
+    large = weight.abs() * shift.abs().amax(-1) > CANCELLING
+    if large.any():
+        at = large.nonzero()[:, 0]
+        sums = torch.addcmul(logits[at].double(), weight[at, None], shift[at].double())
+        fused[at] = sums.sub_(sums.amax(-1, keepdim=True)).float()
+    return fused
 
 
 def _mix(shifts: Tensor, parts: Tensor) -> Tensor:
@@ -251,6 +332,12 @@ def _mix(shifts: Tensor, parts: Tensor) -> Tensor:
     for part, shift in zip(parts.T[1:], shifts[1:], strict=True):
         mixed.addcmul_(part[:, None], shift)
     return mixed[None]
+
+
+def _chosen(shifts: Tensor, winner: Tensor) -> Tensor:
+    """The shift [R, V] of each row's winner [R] among shifts [D, R, V]."""
+    rows = torch.arange(len(winner), device=winner.device)
+    return shifts.flatten(0, 1).index_select(0, winner * len(winner) + rows)
 
 
 def _divergences(alpha: Tensor, cumulants: Tensor) -> Tensor:
@@ -269,63 +356,87 @@ def _cumulants(
     logits: Tensor,  # [R, V]
     probs: Tensor,  # [R, V], their softmax
     shifts: Tensor,  # [D, R, V]
-    alpha: Tensor,  # [D, R, K]
+    alpha: Tensor,  # [D, R, K], float64
     *,
     order: int = 2,
-    ladder: float | None = None,
+    ladder: Tensor | None = None,  # [R]
 ) -> Tensor:
-    """A(a), A'(a), ... of the centred shifts at each alpha, [order, D, R, K].
+    """A(a), A'(a), ... of the centred shifts at each alpha, [order, D, R, K], float64.
 
-    If `ladder` is given, alpha is its multiples 0, 1, 2, ... everywhere.
+    If `ladder` is given, alpha grows by it from one candidate to the next, from 0 or above.
     """
     directions, rows, length = alpha.shape
+    vocab = shifts.shape[-1]
     # what is live should stay in the cache of a core; a GPU only has to have the room
-    fit = 2 ** (28 if shifts.is_cuda else 20) // ((length + order) * shifts.shape[-1])
+    room = 2 ** (28 if shifts.is_cuda else 20) // (min(length, LADDER) + order)
+    piece = max(1, room // 8192) * 8192
+    fit = room // min(piece, vocab)
     deep, high = max(1, min(fit, directions)), max(1, fit // directions)
-    sums = shifts.new_empty(directions, rows, order, length)
-    moments = shifts.new_empty(directions, rows, order)
+    sums = alpha.new_zeros(directions, rows, order, length)
+    moments = alpha.new_zeros(directions, rows, order)
     reach = shifts.new_empty(2, directions, rows)
     blocks = [
         (slice(i, i + deep), slice(j, j + high))
         for j in range(0, rows, high)
         for i in range(0, directions, deep)
     ]
+    weights, ladder = alpha.float(), None if ladder is None else ladder.float()
     for at in blocks:
-        p, shift = probs[at[1]], shifts[at]
-        d = shift - (p * shift).sum(-1, keepdim=True)
-        powers = d.new_empty(*d.shape[:2], order, d.shape[-1])  # p, p d, p d^2, ...
-        powers[:, :, 0] = p
-        for n in range(1, order):
-            torch.mul(powers[:, :, n - 1], d, out=powers[:, :, n])
-        sums[at] = _product(powers, _tilt(d, alpha[at], ladder))
-        moments[at] = powers.sum(-1)
-        reach[0][at], reach[1][at] = d.amax(-1), d.amin(-1)
+        shift, prob = shifts[at], probs[at[1]]
+        centred = shift - (prob * shift).sum(-1, keepdim=True)
+        reach[0][at], reach[1][at] = centred.amax(-1), centred.amin(-1)
+        steps = None if ladder is None else ladder[at[1]]
+        for p, d in zip(torch.split(prob, piece, -1), torch.split(centred, piece, -1), strict=True):
+            powers = d.new_empty(*d.shape[:2], order, d.shape[-1])  # p, p d, p d^2, ...
+            powers[:, :, 0] = p
+            for n in range(1, order):
+                torch.mul(powers[:, :, n - 1], d, out=powers[:, :, n])
+            moments[at] += powers.sum(-1)
+            parts = [_product(powers, tilt) for tilt in _tilts(d, weights[at], steps)]
+            sums[at] += torch.cat(parts, -1)
     mean = moments[:, :, 1, None]  # what centring left by rounding
     raw = (sums + moments[..., None]).div_(1 + sums[:, :, :1])
     out = _centred(sums[:, :, 0].log1p() - alpha * mean, raw)
     out[1] -= mean
-    # beyond exp(60) the tilt may overflow, or lift tokens whose probability has underflowed
-    wide = torch.maximum(alpha.amax(-1) * reach[0], alpha.amin(-1) * reach[1]) > 60
+    wide = torch.maximum(alpha * reach[0][..., None], alpha * reach[1][..., None]) > STEEPEST
     if wide.any():
-        i, j = wide.nonzero(as_tuple=True)
-        out[:, i, j] = _wide_cumulants(logits[j], shifts[i, j], alpha[i, j], order)
+        _rescale(out, wide, logits, shifts, alpha)
     return out
 
 
-def _wide_cumulants(
-    logits: Tensor,  # [N, V]
-    shift: Tensor,  # [N, V]
-    alpha: Tensor,  # [N, K]
-    order: int,
-) -> Tensor:
-    """`_cumulants` [order, N, K] for shifts of any size, slower; float32 has no digits to spare."""
-    logprobs, shift = logits.double().log_softmax(-1), shift.double()
-    d = shift - (logprobs.exp() * shift).sum(-1, keepdim=True)
-    x = logprobs[:, None] + alpha[..., None] * d[:, None]  # [N, K, V]
-    log_sum = x.logsumexp(-1)
-    tilted = x.sub_(log_sum[..., None]).exp_()
-    powers = torch.stack([d**n for n in range(order)], 1)
-    return _centred(log_sum, powers @ tilted.mT).float()
+def _rescale(
+    out: Tensor,  # [order, D, R, K]
+    wide: Tensor,  # [D, R, K]
+    logits: Tensor,  # [R, V]
+    shifts: Tensor,  # [D, R, V]
+    alpha: Tensor,  # [D, R, K]
+) -> None:
+    """Puts the cumulants of the candidates that are `wide` into `out`, for shifts of any size.
+
+    In float64, of which the exponents need the digits, relative to each candidate's largest one;
+    few tokens are near enough to that to have a part.
+    """
+    room = 2 ** (26 if shifts.is_cuda else 19) // shifts.shape[-1]
+    directions, rows = wide.any(-1).nonzero(as_tuple=True)
+    high = max(1, room // wide.shape[-1])
+    for i, j in zip(torch.split(directions, high), torch.split(rows, high), strict=True):
+        x, shift = logits[j].double(), shifts[i, j].double()
+        x -= x.logsumexp(-1, keepdim=True)
+        d = shift - (x.exp() * shift).sum(-1, keepdim=True)
+        columns = wide[i, j].any(0).nonzero()[:, 0]
+        for k in torch.split(columns, max(1, room // len(i))):
+            a = alpha[i, j][:, k]
+            tilted = torch.addcmul(x[:, None], a[..., None], d[:, None])
+            peak = tilted.amax(-1, keepdim=True)
+            tilted -= peak
+            near = tilted.amax((0, 1)) > -STEEPEST
+            tilted, close = tilted[..., near].exp_(), d[:, near]
+            total = tilted.sum(-1)
+            powers = torch.stack([close**n for n in range(len(out))], 1)
+            raw = (powers @ tilted.mT) / total[:, None]
+            found = _centred(peak[..., 0] + total.log(), raw)
+            at = i[:, None], j[:, None], k
+            out[:, *at] = torch.where(wide[at], found, out[:, *at])
 
 
 def _centred(log_sum: Tensor, raw: Tensor) -> Tensor:
@@ -342,34 +453,46 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """[..., M, V] times [..., K, V] summed over V, [..., M, K]; a long sum in one piece, as a CPU
     would do it, loses a digit."""
     pieces = zip(torch.split(left, 8192, -1), torch.split(right, 8192, -1), strict=True)
-    return torch.stack([one @ other.mT for one, other in pieces]).sum(0)
+    return torch.stack([one @ other.mT for one, other in pieces]).sum(0, dtype=torch.float64)
 
 
-def _tilt(d: Tensor, alpha: Tensor, ladder: float | None) -> Tensor:
-    """exp(alpha d) - 1 for d [D, R, V] and alpha [D, R, K], [D, R, K, V].
+def _tilts(d: Tensor, alpha: Tensor, step: Tensor | None) -> Iterator[Tensor]:
+    """exp(alpha d) - 1 for d [D, R, V] and alpha [D, R, K], as [D, R, <= LADDER, V] in turn; each
+    is valid until the next.
 
     Without the -1 the sums would lose their digits wherever expert and base nearly agree. On a
-    ladder one exponential is enough: with `E_k` the value at its k-th rung,
-    `E_{k+n} = E_k (1 + E_n) + E_n`, where all terms have one sign, so that no digits cancel.
+    ladder, where alpha grows by `step` [R], one exponential for its start and one for its step are
+    enough: with `E_k` the value at its k-th rung, `E_{k+n} = E_k (1 + E_n) + E_n`, where all terms
+    have one sign as long as the start is 0 or above, so that no digits cancel.
     """
-    if ladder is None:
-        return (alpha[..., None] * d[:, :, None]).expm1_()
+    if step is None:
+        for part in torch.split(alpha, LADDER, -1):
+            yield (part[..., None] * d[:, :, None]).expm1_()
+        return
     length = alpha.shape[-1]
-    tilt = d.new_empty(*alpha.shape, d.shape[-1])
-    tilt[:, :, 0] = 0
-    done, rung = 1, (ladder * d).expm1_()[:, :, None]
-    while done < length:
-        more, factor = min(done, length - done), rung + 1
+    size = min(length, LADDER)
+    tilt = d.new_empty(*d.shape[:2], size, d.shape[-1])
+    start = alpha[..., :1]
+    if start.is_cuda or start.any():
+        torch.expm1(start * d, out=tilt[:, :, 0])
+    else:
+        tilt[:, :, 0] = 0  # the same, without an exponential
+    done, rung = 1, (step[:, None] * d).expm1_()[:, :, None]
+    while done < size:
+        more, factor = min(done, size - done), rung + 1
         torch.addcmul(rung, tilt[:, :, :more], factor, out=tilt[:, :, done : done + more])
         done, rung = 2 * done, torch.addcmul(rung, rung, factor)
-    return tilt
+    yield tilt
+    for left in range(length - size, 0, -size):
+        torch.addcmul(rung, tilt, rung + 1, out=tilt)
+        yield tilt[:, :, :left]
 
 
 def _refine(
     logits: Tensor,  # [R, V]
     probs: Tensor,  # [R, V]
     aims: Aims,
-    alpha: Tensor,  # [D, R]
+    alpha: Tensor,  # [D, R], float64
     low: Tensor,  # [D, R]
     high: Tensor,  # [D, R]
 ) -> Tensor:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from reference import Answer
 from reference import fuse as oracle
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlf_ray import fusion
 from dlf_ray.fusion import Fused, aim, fuse, weigh
 
 VECTORS = sorted((Path(__file__).parent / "vectors").glob("*.json"))
@@ -402,13 +404,207 @@ def test_extreme_logits_stay_finite(device, rule, select, spread):
         assert (fused.kl >= -1e-6 * spread).all()
 
 
+def grids(count):
+    """Bounds and a step such as the engine admits: up to 100 in size, 256 candidates in all."""
+
+    def build(low, width, step):
+        step = max(step, width / (256 // count - 1))
+        return min(low, 100.0), min(low + width, 100.0), step
+
+    return st.builds(
+        build,
+        low=st.sampled_from([-100.0, -1.0, -0.35, -0.1, 0.0, 0.25, 1.3, 99.0]),
+        width=st.sampled_from([0.005, 0.7, 1.0, 2.0, 200.0]),
+        step=st.sampled_from([0.01, 0.03, 0.1, 2.0]),
+    )
+
+
+@examples(case=cases(max_experts=2), select=selects, data=st.data())
+def test_oracle_at_the_edges_of_what_is_admitted(device, case, select, data):
+    low, high, step = data.draw(grids(len(case.experts)))
+    bounds = [(low, high)] * len(case.experts)
+    fused = fuse(*case.to(device), select=select, step=step, bounds=bounds)
+    assert all(x.isfinite().all() for x in fused)
+    assert_answers(case, fused, select=select, step=step, bounds=bounds)
+    exact = fuse(*case.to(device), rule="exact", select=select, step=step, bounds=bounds)
+    assert all(x.isfinite().all() for x in exact)
+    assert (exact.loss <= fused.loss).all()
+    assert (exact.weights.sum(-1) <= high + 1e-4).all()
+    assert (exact.weights.sum(-1) >= min(low, 0.0) - 1e-4).all()
+
+
+@examples(case=cases(), weights=st.lists(st.floats(-100, 100), min_size=3, max_size=3))
+def test_static_weights_of_any_size(device, case, weights):
+    weights = weights[: len(case.experts)]
+    fused = fuse(*case.to(device), rule="static", weights=weights)
+    assert all(x.isfinite().all() for x in fused)
+    for row in range(len(case.large)):
+        large, base, experts = case.large[row], case.base[row], case.experts[:, row]
+        answer = oracle(large, base, experts, rule="static", weights=weights)
+        # float32 holds the sum of the shifts to that
+        digits = 2e-7 * sum(abs(w) for w in weights) * float((experts - base).abs().amax())
+        logprobs = fused.logits[row].cpu().double().log_softmax(-1)
+        torch.testing.assert_close(logprobs, answer.logprobs, atol=2e-5 + digits, rtol=2e-5)
+        assert fused.kl[row].tolist() == pytest.approx(answer.kl, rel=2e-5 + digits, abs=1e-6)
+
+
 @pytest.mark.parametrize("select", SELECTS)
-@pytest.mark.parametrize("spread", [30.0, 100.0])
-def test_oracle_where_exponentials_overflow(device, select, spread):
-    case = make(seed=9, rows=6, vocab=257, experts=2, spread=3.0, shift=spread)
-    assert (case.experts - case.base).amax() > 60
-    fused = fuse(*case.to(device), select=select)
-    assert_answers(case, fused, select=select)
+@pytest.mark.parametrize(("bound", "step"), [(2.0, 0.1), (100.0, 1.0)])
+@pytest.mark.parametrize("spread", [30.0, 100.0, 1e3, 1e4])
+def test_oracle_where_exponentials_overflow(device, select, bound, step, spread):
+    for rows, low in (6, 0.0), (1, -bound):
+        case = make(seed=9, rows=rows, vocab=257, experts=2, spread=3.0, shift=spread)
+        assert (case.experts - case.base).amax() > 60
+        how = {"select": select, "step": step, "bounds": [(low, bound)] * 2}
+        fused = fuse(*case.to(device), **how)
+        assert all(x.isfinite().all() for x in fused)
+        if select == "blend":  # its shares are float32, and what they are off by is multiplied
+            continue
+        assert_answers(case, fused, **how)
+
+
+def request(experts):
+    """What requests may differ in that are fused in one pass: step, bounds and weights."""
+    return st.tuples(
+        st.sampled_from([0.1, 0.25, 0.03, 1.0]),
+        st.lists(
+            st.sampled_from([(0.0, 2.0), (0.0, 0.7), (0.5, 0.5), (0.3, 1.6), (-1.0, 1.0)]),
+            min_size=experts,
+            max_size=experts,
+        ),
+        st.lists(st.sampled_from([0.0, 0.5, 1.0, -2.0]), min_size=experts, max_size=experts),
+    )
+
+
+@examples(case=cases(rows=4), rule=rules, select=selects, data=st.data())
+def test_rows_with_their_own_parameters_are_rows_alone(device, case, rule, select, data):
+    case.experts[0, 1] += 200 * case.experts[0, 1]  # one row in need of the slow path
+    case = case.to(device)
+    count = len(case.experts)
+    step, bounds, weights = zip(*(data.draw(request(count)) for _ in range(4)), strict=True)
+    if select == "blend":
+        bounds = [each[:1] * count for each in bounds]
+    aims = aim(
+        case.base, case.experts, rule=rule, select=select, weights=torch.tensor(weights).to(device)
+    )
+    batch = weigh(
+        case.large,
+        aims,
+        rule=rule,
+        step=torch.tensor(step, dtype=torch.float64),
+        bounds=torch.tensor(bounds, dtype=torch.float64),
+    )
+    for row in range(4):
+        alone = fuse(
+            *(x[..., row : row + 1, :] for x in case),
+            rule=rule,
+            select=select,
+            step=step[row],
+            bounds=bounds[row],
+            weights=weights[row],
+        )
+        there = Fused(*(x[row : row + 1] for x in batch))
+        assert_same(there, alone, count, tolerance=2e-3 if rule == "exact" else 1e-6)
+        if rule != "exact" and select != "blend":  # whose weights show the last digits of sums
+            assert torch.equal(there.weights, alone.weights)
+
+
+def test_a_row_pays_for_its_own_candidates_only(device, monkeypatch):
+    case = make(seed=2, rows=3, vocab=96, experts=2).to(device)
+    computed = []
+
+    def counted(logits, probs, shifts, alpha, **how):
+        computed.append(alpha.numel())
+        return cumulants(logits, probs, shifts, alpha, **how)
+
+    cumulants = fusion._cumulants
+    aims = aim(case.base, case.experts, rule="grid", select="paper")
+    monkeypatch.setattr(fusion, "_cumulants", counted)
+    bounds = torch.tensor([[(0.0, 2.0)] * 2] * 3, dtype=torch.float64)
+    weigh(case.large, aims, step=torch.tensor([0.1, 0.1, 0.02], dtype=torch.float64), bounds=bounds)
+    assert sum(computed) == 2 * (21 + 21 + 101)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, Tensor):
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("shift", [0.3, 30.0])
+def test_many_candidates_take_no_more_memory(shift):
+    case = make(seed=3, rows=2, vocab=50_000, experts=1, shift=shift)
+    largest = {}
+    for step in 0.1, 2 / 255:
+        with Largest() as noted:
+            fuse(*case, step=step)
+        largest[step] = noted.bytes
+    assert largest[2 / 255] < 2 * largest[0.1]
+    assert largest[2 / 255] <= 8 * 2**20
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def unrelated(dtype, seed, experts=1, vocab=257):
+    """Logits that use all digits of their type."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = 2 + experts, 2, vocab
+    large, base, *rest = (4 * torch.randn(shape, generator=draw, dtype=torch.float64)).to(dtype)
+    return large, base, torch.stack(rest)
+
+
+@examples(
+    dtype=st.sampled_from(DTYPES),
+    rule=searches,
+    select=selects,
+    seed=st.integers(0, 99),
+    low=st.sampled_from([-0.4, 0.0, 0.3]),
+)
+def test_expert_equal_to_base_in_any_type(device, dtype, rule, select, seed, low):
+    large, base, _ = unrelated(dtype, seed)
+    large, base = large.to(device), base.to(device)
+    fused = fuse(large, base, [base] * 2, rule=rule, select=select, bounds=[(low, 2.0)] * 2)
+    smallest = torch.tensor(low, device=device).expand(2)
+    torch.testing.assert_close(fused.weights.sum(-1), smallest, rtol=1e-6, atol=0)
+    assert torch.equal(fused.logits, large.float())
+    assert not fused.kl.any()
+    assert not fused.loss.any()
+    static = fuse(large, base, [base] * 2, rule="static", weights=[0.7, -3.0])
+    assert torch.equal(static.logits, large.float())
+    assert not static.kl.any()
+
+
+@examples(dtype=st.sampled_from(DTYPES), select=selects, seed=st.integers(0, 99))
+def test_large_equal_to_base_in_any_type(device, dtype, select, seed):
+    _, base, experts = (x.to(device) for x in unrelated(dtype, seed))
+    for rule in RULES:
+        fused = fuse(base, base, experts, rule=rule, select=select)
+        atol = 1e-4 if rule == "exact" else 0
+        torch.testing.assert_close(fused.weights, torch.ones_like(fused.weights), rtol=0, atol=atol)
+        for reached, target in zip(fused.logits, experts[0].float(), strict=True):
+            torch.testing.assert_close(
+                reached.log_softmax(-1), target.log_softmax(-1), atol=20 * atol + 1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_a_shift_below_the_digits_of_float32(device, select):
+    """float64 logits that differ only where float32 would round the difference away."""
+    large, base, _ = (x.to(device) for x in unrelated(torch.float64, 1))
+    large[:, 5], base[:, 5] = 5.1, 4.3
+    expert = base.clone()
+    expert[:, 5] += 3e-6
+    fused = fuse(large, base, [expert], rule="static", select=select)
+    answer = oracle(large[0], base[0], expert[None, 0], rule="static")
+    assert fused.kl[0].tolist() == pytest.approx(answer.kl, rel=0.25, abs=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0])
@@ -463,6 +659,8 @@ def test_static_weights_are_the_sum_of_shifts(device):
         ({"bounds": [(0.0, 2.0)]}, "one for each of 2"),
         ({"bounds": [(0.0, 2.0), (1.0, 0.5)]}, "low <= high"),
         ({"bounds": [(0.0, 2.0), (0.0, math.nan)]}, "low <= high"),
+        ({"bounds": [(0.0, 2.0), (-1e308, 1e308)]}, "inf candidates: give a larger `step`"),
+        ({"bounds": [(0.0, 2.0), (0.0, 1e300)]}, "1e\\+301 candidates: give a larger `step`"),
         ({"bounds": [(0.0, 2.0), (0.0, 1.0)], "select": "blend"}, "one weight for all"),
         ({"step": 0.0}, "above 0"),
         ({"only": [0, 2]}, "different indices below 2"),
@@ -494,3 +692,14 @@ def test_bad_shapes():
         weigh(large, aim(base, experts, rule="grid", select="paper"), rule="golden")
     with pytest.raises(ValueError, match="one for each of 2"):
         weigh(large, aim(base, experts, rule="grid", select="paper"), bounds=[(0.0, 2.0)])
+    aims = aim(base, experts, rule="grid", select="blend")
+    with pytest.raises(ValueError, match="for each of 2 rows and 2 experts"):
+        weigh(large, aims, bounds=torch.tensor([[(0.0, 2.0)] * 2] * 3))
+    with pytest.raises(ValueError, match="one for each of 2 rows"):
+        weigh(large, aims, step=torch.tensor([0.1, 0.1, 0.1]))
+    with pytest.raises(ValueError, match="above 0"):
+        weigh(large, aims, step=torch.tensor([0.1, 0.0]))
+    with pytest.raises(ValueError, match="one weight for all"):
+        weigh(large, aims, bounds=torch.tensor([[(0.0, 2.0)] * 2, [(0.0, 1.0), (0.0, 2.0)]]))
+    with pytest.raises(ValueError, match="2 rows and 2 experts"):
+        aim(base, experts, rule="static", select="paper", weights=torch.ones(3, 2))
