@@ -1,17 +1,23 @@
 """From a fused distribution to a token.
 
 Randomness is a pure function of (seed, position): a request draws the same tokens whatever else is
-in its batch, and again after a crash, since no generator state has to survive.
+in its batch, and again after a crash, since no generator state has to survive. So a row also takes
+its way through the batch (sorted or not) by its own parameters and logits alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dlf_ray.messages import SamplingParams
+
+CANDIDATES = 1024
+"""The most probable tokens, which nearly always hold all that filters leave."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -19,49 +25,127 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def penalised(
-    logits: torch.Tensor,
-    params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
-    generated: Sequence[Sequence[int]],
-    end_tokens: Sequence[int],
-) -> torch.Tensor:
-    """Logits [R, V] with each row's penalties, biases and minimum length, as vLLM applies them.
+class _Values:
+    """A value for each of some tokens, on the device of the logits, kept up to date in place."""
 
-    The repetition penalty (Keskar et al. 2019) is for tokens of prompt or answer, the presence and
-    frequency penalties (OpenAI's) for those of the answer; then the biases. `end_tokens` cannot be
-    drawn before `min_tokens`, nor the row's own stop tokens. A new tensor where anything changes.
+    def __init__(self, values: Mapping[int, float]) -> None:
+        self._values = dict(values)
+        self._places = {token: place for place, token in enumerate(self._values)}
+        self._changed: set[int] = set()
+        self._tokens = torch.empty(0, dtype=torch.long)
+        self._numbers = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, token: int) -> bool:
+        return token in self._values
+
+    def __setitem__(self, token: int, value: float) -> None:
+        self._values[token] = value
+        self._places.setdefault(token, len(self._places))
+        self._changed.add(token)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tokens and their values."""
+        size = len(self._values)
+        if self._tokens.device != device or len(self._tokens) < size:
+            spare = [0] * size  # room to grow, so that few tokens need new tensors
+            tokens, numbers = [*self._values, *spare], [*self._values.values(), *spare]
+            self._tokens = torch.tensor(tokens, dtype=torch.long, device=device)
+            self._numbers = torch.tensor(numbers, dtype=torch.float32, device=device)
+        else:
+            for token in self._changed:
+                self._tokens[self._places[token]] = token
+                self._numbers[self._places[token]] = self._values[token]
+        self._changed.clear()
+        return self._tokens[:size], self._numbers[:size]
+
+
+class Penalties:
+    """What changes one sequence's logits before they are sampled, as vLLM applies it.
+
+    First the biases, and before `min_tokens` the tokens that would end the answer are barred; then
+    the repetition penalty (Keskar et al. 2019) for tokens of prompt or answer, and the presence and
+    frequency penalties (OpenAI's) for those of the answer. A token costs the same however long the
+    prompt is, but for one look at the distinct tokens seen.
     """
-    changed = None
-    for row, (each, prompt, answer) in enumerate(zip(params, prompts, generated, strict=True)):
-        counted = each.presence_penalty or each.frequency_penalty
-        barred = len(answer) < each.min_tokens
-        if not (counted or each.repetition_penalty != 1 or each.logit_bias or barred):
-            continue
-        if changed is None:
-            changed = logits.clone()
-        own = changed[row]
 
-        def ids(tokens: Iterable[int]) -> torch.Tensor:
-            return torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
+    def __init__(
+        self, params: SamplingParams, prompt: Collection[int], end_tokens: Collection[int]
+    ) -> None:
+        self._params = params
+        self._barred = params.min_tokens
+        ends = {*(() if params.ignore_eos else end_tokens), *params.stop_token_ids}
+        self._ends = _Values(dict.fromkeys(ends, -torch.inf))
+        self._biases = _Values(params.logit_bias)
+        repeated = params.repetition_penalty != 1
+        self._factors = _Values(
+            dict.fromkeys(prompt, params.repetition_penalty) if repeated else {}
+        )
+        self._counts: Counter[int] = Counter()
+        self._costs = _Values({})
 
-        if each.repetition_penalty != 1:
-            seen = ids({*prompt, *answer})
-            held = own[seen]
-            factor = each.repetition_penalty
-            own[seen] = torch.where(held > 0, held / factor, held * factor)
-        if counted:
-            counts = torch.bincount(ids(answer), minlength=len(own)).to(own.dtype)
-            own -= each.frequency_penalty * counts + each.presence_penalty * (counts > 0)
-        if each.logit_bias:
-            own[ids(each.logit_bias)] += own.new_tensor(list(each.logit_bias.values()))
-        if barred:
-            ends = ids({*(() if each.ignore_eos else end_tokens), *each.stop_token_ids})
-            own[ends] = -torch.inf
-    return logits if changed is None else changed
+    @classmethod
+    def of(
+        cls, params: SamplingParams, prompt: Sequence[int], end_tokens: Sequence[int], vocab: int
+    ) -> Penalties | None:
+        """Those of a request, or None where nothing ever changes its logits.
+
+        Tokens outside the `vocab` have no logits and are passed over.
+        """
+        penalised = params.presence_penalty or params.frequency_penalty
+        repeated = params.repetition_penalty != 1
+        if not (penalised or repeated or params.logit_bias or params.min_tokens):
+            return None
+        return cls(params, prompt, [token for token in end_tokens if 0 <= token < vocab])
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next token's logits stay as they are."""
+        barred = self._barred > 0 and self._ends
+        return not (barred or self._biases or self._factors or self._costs)
+
+    def push(self, token: int) -> None:
+        """One more token of the answer."""
+        params = self._params
+        self._barred -= 1
+        if params.repetition_penalty != 1 and token not in self._factors:
+            self._factors[token] = params.repetition_penalty
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts[token] += 1
+            cost = params.presence_penalty + params.frequency_penalty * self._counts[token]
+            self._costs[token] = cost
+
+    def apply(self, row: Tensor) -> None:
+        """Changes the logits [V] of the next token in place."""
+        if self._biases:
+            tokens, biases = self._biases.on(row.device)
+            row[tokens] += biases
+        if self._barred > 0 and self._ends:
+            tokens, minus = self._ends.on(row.device)
+            row[tokens] = minus
+        if self._factors:
+            tokens, factors = self._factors.on(row.device)
+            held = row[tokens]
+            row[tokens] = torch.where(held > 0, held / factors, held * factors)
+        if self._costs:
+            tokens, costs = self._costs.on(row.device)
+            row[tokens] -= costs
 
 
-def top_logprobs(logprobs: torch.Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
+def penalised(logits: Tensor, penalties: Sequence[Penalties | None]) -> Tensor:
+    """Logits [R, V] with each row's penalties; a new tensor where anything changes."""
+    changed = logits
+    for row, own in enumerate(penalties):
+        if own is not None and not own.idle:
+            if changed is logits:
+                changed = logits.clone()
+            own.apply(changed[row])
+    return changed
+
+
+def top_logprobs(logprobs: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row of log-probabilities [R, V], its `counts[row]` highest with their tokens."""
     if not (most := max(counts, default=0)):
         return [[] for _ in counts]
@@ -72,55 +156,110 @@ def top_logprobs(logprobs: torch.Tensor, counts: Sequence[int]) -> list[list[tup
     ]
 
 
-def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
-) -> list[int]:
-    """A token per row of `logits` [R, V], by the row's own parameters and draw from [0, 1).
+def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
+    """A token per row of float32 `logits` [R, V], by the row's own parameters and draw from [0, 1).
 
     Temperature first, then min-p, top-k, and top-p over what is left, as vLLM does.
     """
     tokens: list[int] = logits.argmax(-1).tolist()
-    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
-    if drawn:
-        chosen = [params[row] for row in drawn]
+    vocab = logits.shape[-1]
+    plain: list[int] = []
+    filtered: list[int] = []
+    for row, own in enumerate(params):
+        if own.temperature > 0:
+            filters = 0 < own.top_k < vocab or own.top_p < 1 or own.min_p > 0
+            (filtered if filters else plain).append(row)
 
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-        probs, ids = filtered(
-            logits[drawn],
-            temperature=column([each.temperature for each in chosen]),
-            top_k=column([each.top_k or logits.shape[-1] for each in chosen]),
-            top_p=column([each.top_p for each in chosen]),
-            min_p=column([each.min_p for each in chosen]),
-        )
-        # Inverse of the cumulative distribution, unnormalised, at the row's draw.
-        cumulative = probs.cumsum(-1)
-        point = column([draws[row] for row in drawn]) * cumulative[:, -1:]
-        at = torch.searchsorted(cumulative, point, right=True)
-        at = torch.minimum(at, (probs > 0).sum(-1, keepdim=True) - 1)
-        for row, token in zip(drawn, ids.gather(-1, at)[:, 0].tolist(), strict=True):
+    def take(rows: list[int], drawn: Tensor) -> None:
+        for row, token in zip(rows, drawn.tolist(), strict=True):
             tokens[row] = token
+
+    if plain:
+        temperature = column([params[row].temperature for row in plain])
+        at = _drawn(_weights(logits[plain], temperature), column([draws[row] for row in plain]))
+        take(plain, at)
+    # the few most probable tokens, then all of them for the rows where these were not enough
+    for size in sorted({min(CANDIDATES, vocab), vocab}):
+        if not filtered:
+            break
+        settings = [params[row] for row in filtered]
+        weights, ids, enough = _filtered(
+            logits[filtered],
+            size,
+            temperature=column([each.temperature for each in settings]),
+            top_k=column([each.top_k or vocab for each in settings]),
+            top_p=column([each.top_p for each in settings]),
+            min_p=column([each.min_p for each in settings]),
+        )
+        at = _drawn(weights, column([draws[row] for row in filtered]))
+        done = enough.tolist()
+        chosen = ids.gather(-1, at[:, None])[:, 0]
+        take([row for row, yes in zip(filtered, done, strict=True) if yes], chosen[enough])
+        filtered = [row for row, yes in zip(filtered, done, strict=True) if not yes]
     return tokens
 
 
-def filtered(
-    logits: torch.Tensor,
-    *,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [R, V] in descending order, 0 for what is cut, and their token ids [R, V].
+def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
+    """exp(logits / temperature) of [R, V] and [R, 1], relative to the highest, in float64."""
+    scaled = logits.double()
+    scaled -= scaled.amax(-1, keepdim=True)  # the highest stays finite, however cold
+    return scaled.div_(temperature).exp_()
 
-    The settings are [R, 1] each. At least one token of each row stays.
-    """
-    ordered, ids = logits.double().sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    scaled = (ordered - ordered[:, :1]) / temperature  # the highest stays finite, however cold
-    # A probability is min_p times the highest where its logit is log(min_p) from the highest.
-    low = scaled < min_p.log()
-    probs = torch.softmax(scaled.masked_fill((rank >= top_k) | low, -torch.inf), -1)
-    before = probs.cumsum(-1) - probs  # the mass of everything more probable
-    return probs.masked_fill((before >= top_p) & (rank > 0), 0.0), ids
+
+def _drawn(weights: Tensor, draw: Tensor) -> Tensor:
+    """Where each row's draw [R, 1] from [0, 1) falls in the distribution of its weights [R, V]:
+    the inverse of the cumulative distribution, unnormalised. [R]"""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    # below the total also when rounded, so that what is found is a token of some weight
+    point = torch.minimum(draw * total, total.nextafter(torch.zeros_like(total)))
+    at = torch.searchsorted(cumulative, point, right=True)
+    return at[:, 0].clamp_(max=weights.shape[-1] - 1)
+
+
+def _filtered(
+    logits: Tensor,  # [R, V], float32
+    size: int,
+    *,
+    temperature: Tensor,  # [R, 1], as the others
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of the `size` most probable tokens, 0 for what is cut, their ids, both [R, size],
+    and whether nothing else can be left [R]. At least one token of each row stays."""
+    vocab = logits.shape[-1]
+    ids = _highest(logits, size)
+    weights = _weights(logits.gather(-1, ids), temperature)
+    rank = torch.arange(size, device=logits.device)
+    low = weights < min_p  # relative to the most probable one, as weights are
+    cut = low | (rank >= top_k)
+    complete = cut[:, -1:] | (top_k <= size) if size < vocab else torch.ones_like(top_k).bool()
+    weights = weights.masked_fill_(cut, 0.0)
+    # the mass that top-p is a share of: from outside, too, where min-p and top-k leave any there
+    mass = weights.sum(-1, keepdim=True)
+    if size < vocab and not complete.all():
+        every = _weights(logits, temperature)
+        mass = torch.where(complete, mass, every.masked_fill_(every < min_p, 0.0).sum(-1)[:, None])
+    before = weights.cumsum(-1) - weights  # the mass of everything more probable
+    beyond = (before >= top_p * mass) & (rank > 0) & (top_p < 1)
+    enough = complete | ((top_k >= vocab) & beyond[:, -1:])
+    return weights.masked_fill_(beyond, 0.0), ids, enough[:, 0]
+
+
+def _highest(logits: Tensor, size: int) -> Tensor:
+    """The ids [R, size] of the highest logits, in descending order and equal ones by their ids."""
+    # integers in the order of the floats, made distinct by the id: there is one answer, and it is
+    # found faster than that for floats
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0.0 is 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    last = logits.shape[-1] - 1
+    keys = ordered | torch.arange(last, -1, -1, device=logits.device)
+    if size < logits.shape[-1]:
+        highest = keys.topk(size).values
+    else:
+        highest = keys.sort(dim=-1, descending=True).values
+    return last - (highest & 0xFFFFFFFF)
