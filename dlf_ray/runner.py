@@ -1,33 +1,31 @@
 """One Hugging Face causal LM and its slot cache: plans in, logits out.
 
-The cache is a table with a row of keys and values per slot. Sequences of different lengths sit side
-by side, each written and read at its own positions, which is what continuous batching needs and
-none of the caches of transformers offers. The model itself stays theirs: it is given positions per
-row, a 4-D mask per kind of layer, and a `Cache` whose `update` writes where the plan says.
+The model itself stays theirs: it is given positions per row, a 4-D mask per kind of layer, and a
+`Cache` whose `update` writes where the plan says.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import platform
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
+from dlf_ray.cache import Indices, Rows, SlotCache
 from dlf_ray.config import ModelSpec
 from dlf_ray.loading import digest, load_model, load_tokenizer
-from dlf_ray.messages import Description, Plan
-
-Indices = npt.NDArray[np.int64]
+from dlf_ray.memory import free_bytes
+from dlf_ray.messages import ALL, Description, Plan
 
 FREE_PADDING = 64
 """Tokens of padding that cost less than another forward pass, which reads all weights again."""
-LENGTH_STEP = 64
-"""The cache's length is a multiple of it: few sizes to grow through, rows aligned for kernels."""
-NO_LIMIT = 2**31 - 1
-"""The context of a model whose configuration names none."""
+IDLE = 4
+"""So many rows at least are computed for each idle one between them."""
+SPARE = 0.05
+"""Of a device's free memory: lost between blocks of different sizes."""
 
 
 class Runner:
@@ -40,7 +38,9 @@ class Runner:
     cannot be run with a slot cache.
     """
 
-    def __init__(self, spec: ModelSpec, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int
+    ) -> None:
         self._name = spec.model
         self._tokenizer = load_tokenizer(spec)
         self._model = load_model(spec)
@@ -51,12 +51,15 @@ class Runner:
         self._length = min(max_model_len, self._context)
         self._windows = _windows(config, self._name, self._length)
         self._embedded = int(self._model.get_input_embeddings().weight.shape[0])
-        self._cache = SlotCache(max_num_seqs, self._length)
+        names = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # which is the older
+        self._cache = SlotCache()
         self._computed = np.zeros(max_num_seqs, dtype=np.int64)
-        self._written = np.zeros(max_num_seqs, dtype=np.bool_)
         self._wanted: torch.Tensor | None = None
-        self.vocab = NO_LIMIT  # until the model has said how many logits it has
-        self.vocab = min(len(self._tokenizer), self._compare_with_plain_forward())
+        self.vocab = ALL  # until the model has said how many logits it has
+        logits = self._compare_with_plain_forward()
+        self.vocab = min(len(self._tokenizer), logits)
+        self._memory = self._measure(spec, max_num_batched_tokens, logits)
 
     def describe(self) -> Description:
         """What the family needs to know of this model before the first step."""
@@ -71,6 +74,9 @@ class Runner:
             parameters=sum(p.numel() for p in self._model.parameters()),
             device=str(self._device),
             dtype=str(self._dtype).removeprefix("torch."),
+            cache_bytes_per_position=self._memory[0],
+            free_bytes=self._memory[1],
+            node=platform.node(),
         )
 
     @torch.inference_mode()
@@ -84,20 +90,24 @@ class Runner:
         firsts = np.cumsum(plan.lengths) - plan.lengths
         chunks = np.stack([plan.slots, plan.starts, plan.lengths, plan.wants, firsts]).astype(int)
         slots, starts, lengths, wants, _ = chunks
-        copied = _sources(plan)
-        # A masked position weighs zero, which is not enough where it holds a NaN: what a former
-        # sequence left in a slot must not reach the next.
-        fresh = (starts == 0) | (copied != slots)
-        self._cache.take_over(
-            [(a, b, n) for a, b, n in zip(copied, slots, starts, strict=True) if n and a != b],
-            clear=slots[fresh & self._written[slots]],
+        ends, copied = starts + lengths, _sources(plan)
+        held = np.minimum(self._computed, plan.keep_length)
+        held[plan.keep :] = 0
+        held[slots] = ends
+        # Should a step fail half way, what it may have overwritten counts as not computed.
+        self._computed = held.copy()
+        self._computed[slots] = np.where(copied == slots, starts, 0)
+        copies = (copied != slots) & (starts > 0)
+        self._cache.prepare(
+            (int(np.flatnonzero(held).max(initial=-1)) + 1, int(held.max(initial=0))),
+            slots,
+            ends,
+            (copied[copies], slots[copies], starts[copies]),
         )
-        self._written[slots] = True
-        # Should a pass fail half way, what it may have overwritten counts as not computed.
         self._computed[slots] = starts
         groups = _groups(lengths)
         logits = [self._pass(chunks[:, group], plan.tokens) for group in groups]
-        self._computed[slots] += lengths
+        self._computed = held
         if len(groups) == 1:  # a group keeps the plan's order
             return logits[0]
         out = torch.empty(plan.rows, self.vocab, dtype=self._dtype, device=self._device)
@@ -109,9 +119,8 @@ class Runner:
 
     def forget(self) -> None:
         """Gives the memory of the cache back; every sequence has to start at 0 again."""
-        self._cache = SlotCache(len(self._computed), self._length)
+        self._cache = SlotCache()
         self._computed[:] = 0
-        self._written[:] = False
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -122,6 +131,8 @@ class Runner:
             raise ValueError("the chunks of a plan have a token or more each, and no token is left")
         if (plan.wants < 0).any() or (plan.wants > lengths).any():
             raise ValueError("a plan cannot score more positions of a chunk than the chunk has")
+        if plan.keep < 0 or plan.keep_length < 0:
+            raise ValueError("a plan keeps a number of slots and positions, 0 or more of each")
         if not len(slots):
             return
         if slots.min() < 0 or slots.max() >= len(self._computed):
@@ -146,6 +157,7 @@ class Runner:
 
     def _pass(self, chunks: Indices, tokens: npt.NDArray[np.int32]) -> torch.Tensor:
         """One pass of the model over chunks padded to the longest of them: [rows, vocab]."""
+        chunks = _with_idle(chunks)
         slots, starts, lengths, wants, firsts = chunks
         offsets = np.arange(lengths.max())
         real = offsets < lengths[:, None]
@@ -168,12 +180,12 @@ class Runner:
         end = -(-int((starts + lengths).max()) // 8) * 8
         ascending = (np.diff(slots) == 1).all()
         self._cache.point(
-            _Rows(
+            Rows(
                 rows=slice(int(slots[0]), int(slots[-1]) + 1) if ascending else at[2],
+                end=end,
                 slots=at[3],
                 positions=at[4],
                 real=None if real.all() else at[5],
-                size=(int(slots.max()) + 1, end),
             )
         )
         self._wanted = at[6]
@@ -182,8 +194,8 @@ class Runner:
                 input_ids=ids,
                 position_ids=where,
                 attention_mask=self._masks(where, end),
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_name: self._cache},
             ).logits
         finally:
             self._wanted = None
@@ -219,6 +231,51 @@ class Runner:
             return None
         return (args[0].flatten(0, 1)[self._wanted.to(args[0].device)][None],)
 
+    def _measure(self, spec: ModelSpec, tokens: int, logits: int) -> tuple[int, int | None]:
+        """Bytes of the cache per position, and how many the cache may have in all."""
+        taken, tensors = self._cache.bytes_per_position(), self._cache.tensors
+        self.forget()
+        if not taken:
+            return 0, None
+        config = self._model.config.get_text_config(decoder=True)
+        weights = (*self._model.parameters(), *self._model.buffers())
+        used = sum(weight.nbytes for weight in weights)
+        working = self._working_bytes(config, tokens, logits)
+        # Layers that are spread over devices take their shares of every position: the scarcest
+        # device decides.
+        free = min(
+            ((1 - SPARE) * free_bytes(device, limit=spec.memory, used=used) - working)
+            * taken.total()
+            / share
+            for device, share in taken.items()
+        )
+        # At most so many tensors are there once more at a time: one that grows, or the keys and
+        # values of a layer, gathered and repeated for all heads.
+        heads = getattr(config, "num_attention_heads", 1)
+        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        again = 2 * (1 + groups) if groups > 1 else 2
+        return taken.total(), max(0, int(free * tensors / (tensors + again)))
+
+    def _working_bytes(self, config: Any, tokens: int, logits: int) -> int:
+        """What a step takes beside weights and cache, at most and roughly.
+
+        `tokens` are those of a step, `logits` the numbers of a row of them.
+        """
+        size = self._dtype.itemsize
+        rows = len(self._computed)
+        # Of a layer: the residual stream, normalised in float32, queries, keys, values, their
+        # rotations, the answer, then gate, up and their product.
+        hidden = config.hidden_size
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        numbers = 16 * hidden + 4 * inner
+        # The mask is made of booleans, and of floats for each kind of layer.
+        kinds = len(set(self._windows.values()))
+        attention = self._length * (2 + size * kinds)
+        if config._attn_implementation == "eager":  # scores, soft-capped, and a softmax in float32
+            attention += self._length * config.num_attention_heads * (3 * size + 4)
+        padded = FREE_PADDING + max(tokens + FREE_PADDING, tokens * 5 // 4)
+        return int(padded * (size * numbers + attention) + rows * logits * 4 * size)
+
     @torch.inference_mode()
     def _compare_with_plain_forward(self) -> int:
         """Computes one text with the cache and without, and returns the model's number of logits.
@@ -245,8 +302,8 @@ class Runner:
                 f"overflow in {self._dtype} (set `dtype: float32` or `bfloat16`)"
             )
         head.register_forward_pre_hook(self._select)
-        # Two chunks in the last slot, beside a shorter sequence in the first where there are two.
-        slots = np.unique([0, len(self._computed) - 1]).astype(np.int32)
+        # Two chunks in one slot, beside a shorter sequence in another where there are two or more.
+        slots = np.unique([0, min(2, len(self._computed) - 1)]).astype(np.int32)
         middle, length = len(tokens) // 2, len(tokens)
         edges = np.array([[0, 1, length - 1], [0, middle, length]], dtype=np.int32)[-len(slots) :]
         for starts, ends in zip(edges.T, edges.T[1:], strict=False):
@@ -271,106 +328,26 @@ class Runner:
         return int(plain.shape[-1])
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Where one pass reads and writes in the cache; the same for all layers of a device."""
-
-    rows: slice | torch.Tensor
-    """The slot of each row of the batch, [B]; a slice, and so a view, if they are neighbours."""
-    slots: torch.Tensor
-    positions: torch.Tensor
-    """[N] each: where the keys and values of each token go."""
-    real: torch.Tensor | None
-    """[N]: the tokens among the B * T that are not padding; None if all are."""
-    size: tuple[int, int]
-    """Slots and positions that the cache must have."""
-
-    def to(self, device: torch.device) -> _Rows:
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, torch.Tensor) else value
-
-        return _Rows(
-            move(self.rows), move(self.slots), move(self.positions), move(self.real), self.size
-        )
-
-
-class SlotCache(Cache):
-    """Keys and values of every slot and layer, each [slots, heads, length, dim] on its device.
-
-    Grown when a pass needs more, by half at least, up to [max_slots, max_length]: what an engine
-    may need at most is far more than it mostly does. Unused places hold finite numbers.
-    """
-
-    def __init__(self, max_slots: int, max_length: int) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)  # never made: update is our own
-        self._limits = (max_slots, max_length)
-        self._storage: dict[tuple[int, bool], torch.Tensor] = {}
-        self._rows: dict[torch.device, _Rows] = {}
-
-    def point(self, rows: _Rows) -> None:
-        """Says where the next pass reads and writes."""
-        self._rows = {rows.slots.device: rows}
-
-    def take_over(self, copies: list[tuple[int, int, int]], *, clear: Indices) -> None:
-        """Forgets what some slots hold; then copies the first n positions of slot a to slot b, for
-        each (a, b, n), from what a held before."""
-        slots = max((b for _, b, _ in copies), default=-1) + 1
-        for key, held in self._storage.items() if copies or len(clear) else ():
-            taken = [held[a, :, :n].clone() for a, _, n in copies]
-            inside = torch.from_numpy(clear[clear < len(held)])
-            held.index_fill_(0, inside.to(held.device), 0)
-            if slots > len(held):
-                held = self._storage[key] = self._grown(held, held, (slots, held.shape[2]))
-            for (_, b, n), what in zip(copies, taken, strict=True):
-                held[b, :, :n] = what
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values of a pass, [B, heads, T, dim]; returns all that its rows may see,
-        [B, heads, end, dim]."""
-        device = key_states.device
-        if (rows := self._rows.get(device)) is None:
-            rows = self._rows[device] = next(iter(self._rows.values())).to(device)
-        keys, values = (
-            self._write(rows, (layer_idx, is_value), new)
-            for is_value, new in ((False, key_states), (True, value_states))
-        )
-        return keys, values
-
-    def _write(self, rows: _Rows, key: tuple[int, bool], new: torch.Tensor) -> torch.Tensor:
-        held = self._storage.get(key)
-        if held is None or held.shape[0] < rows.size[0] or held.shape[2] < rows.size[1]:
-            held = self._storage[key] = self._grown(held, new, rows.size)
-        new = new.transpose(1, 2).flatten(0, 1)
-        held[rows.slots, :, rows.positions] = new if rows.real is None else new[rows.real]
-        return held[rows.rows, :, : rows.size[1]]
-
-    def _grown(
-        self, held: torch.Tensor | None, new: torch.Tensor, needed: tuple[int, int]
-    ) -> torch.Tensor:
-        old = (0, 0) if held is None else (held.shape[0], held.shape[2])
-        slots, length = (
-            have if need <= have else max(need, min(have * 3 // 2, limit))
-            for have, need, limit in zip(old, needed, self._limits, strict=True)
-        )
-        length = -(-length // LENGTH_STEP) * LENGTH_STEP
-        grown = new.new_zeros(slots, new.shape[1], length, new.shape[3])
-        if held is not None:
-            grown[: old[0], :, : old[1]] = held
-        return grown
-
-
 def _sources(plan: Plan) -> Indices:
     """For each chunk the slot that holds what comes before it, most often its own."""
     if not len(plan.sources):
         return plan.slots.astype(int)
     return np.where(plan.sources < 0, plan.slots, plan.sources).astype(int)
+
+
+def _with_idle(chunks: Indices) -> Indices:
+    """Chunks (rows: slots, starts, lengths, wants, firsts), with idle ones of no token in the gaps
+    between their slots where those are few: the cache of neighbours is a view, that of others a
+    copy of all their keys and values in every layer."""
+    slots, lengths = chunks[0], chunks[2]
+    idle = slots[-1] - slots[0] + 1 - len(slots)
+    few = min(len(slots) // IDLE, FREE_PADDING // int(lengths.max()))
+    if not 0 < idle <= few or (np.diff(slots) < 0).any():
+        return chunks
+    dense = np.zeros((len(chunks), len(slots) + idle), dtype=chunks.dtype)
+    dense[0] = np.arange(slots[0], slots[-1] + 1)
+    dense[:, slots - slots[0]] = chunks
+    return dense
 
 
 def _groups(lengths: Indices) -> list[Indices]:
@@ -385,7 +362,7 @@ def _groups(lengths: Indices) -> list[Indices]:
     width = tokens = 0
     for i in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[i])
-        padding = width * (len(groups[-1]) + 1) - tokens - length if groups else NO_LIMIT
+        padding = width * (len(groups[-1]) + 1) - tokens - length if groups else ALL
         if padding > max(FREE_PADDING, (tokens + length) // 4):
             groups.append([])
             width, tokens = length, 0
@@ -396,7 +373,7 @@ def _groups(lengths: Indices) -> list[Indices]:
 
 def _context(config: Any) -> int:
     """Positions that the model was made for."""
-    context = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    context = getattr(config, "max_position_embeddings", None) or ALL
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Beyond its original length it turns all positions of a batch at once, other sequences'

@@ -62,7 +62,7 @@ def built(spec):
 def test_a_family_of_real_shapes_decodes(monkeypatch, large, small, dtype, num_gpus, rows):
     monkeypatch.setattr(dlf_ray.runner, "load_model", built)
     monkeypatch.setattr(dlf_ray.runner, "load_tokenizer", vocabulary)
-    monkeypatch.setattr("dlf_ray.worker.load_tokenizer", vocabulary)
+    monkeypatch.setattr("dlf_ray.loading.load_tokenizer", vocabulary)
 
     def spec(kind, seed):
         return {"model": f"{kind}/{seed}", "dtype": dtype, "num_gpus": num_gpus}
