@@ -17,17 +17,25 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 import msgspec
 import yaml
 
+from dlf_ray.messages import MAX_WEIGHT, check_candidates
+
 Rule = Literal["grid", "exact", "static"]
 Select = Literal["paper", "strongest", "blend"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+LOGITS_BYTES = 2**25
+"""Of one model in one step."""
 LARGE, BASE = "large", "base"
 """The fixed names of two models of every family; all other names are experts."""
+GPU_SHARE = 0.1
+"""What the coordinator takes of the large model's GPU, unless the file says what it has."""
 
 
 def check_bounds(bounds: tuple[float, float]) -> None:
     if not -math.inf < bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"`bounds` must be [low, high] with low < high, not {list(bounds)}")
+    if max(map(abs, bounds)) > MAX_WEIGHT:
+        raise ValueError(f"`bounds` must be within -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,10 +45,9 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class ActorOptions(_Section, frozen=True):
     """What an actor asks of the cluster, in Ray's words for it."""
 
-    num_cpus: float = 1
-    """CPUs; torch uses as many threads (at least one)."""
-    num_gpus: float = 0
-    """GPUs; 0 runs on CPU, a fraction shares one, more than 1 spreads a model's layers."""
+    num_cpus: float | None = None
+    """CPUs; torch uses as many threads (at least one). If not given, one; where the cluster is one
+    machine that has too few, an equal share of them."""
     memory: int | None = None
     """Main memory in bytes, where the node has to have room for it."""
     accelerator_type: str | None = None
@@ -51,12 +58,8 @@ class ActorOptions(_Section, frozen=True):
     """Labels that the node has to have; only Ray's second autoscaler starts nodes for them."""
 
     def __post_init__(self) -> None:
-        if not self.num_cpus > 0 or not self.num_gpus >= 0:
-            raise ValueError(
-                "`num_cpus` must be above 0, `num_gpus` 0 or more (fractions are fine)"
-            )
-        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
-            raise ValueError(f"`num_gpus` above 1 must be a whole number, not {self.num_gpus}")
+        if self.num_cpus is not None and not self.num_cpus > 0:
+            raise ValueError("`num_cpus` must be above 0 (fractions are fine)")
         if self.memory is not None and self.memory < 1:
             raise ValueError(f"`memory` is a number of bytes above 0, not {self.memory}")
         for name, amount in self.resources.items():
@@ -67,11 +70,21 @@ class ActorOptions(_Section, frozen=True):
                 raise ValueError(f"`resources` must be 0.0001 or more, not {name}: {amount}")
 
 
+def _check_gpus(num_gpus: float) -> None:
+    if not 0 <= num_gpus < math.inf:
+        raise ValueError("`num_gpus` must be 0 or more (fractions are fine)")
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
+
+
 class ModelSpec(ActorOptions, frozen=True, kw_only=True):
     """One causal language model of the Hugging Face kind, and what its actor may use."""
 
     model: str
     """A local folder (relative to the family file) or a Hugging Face hub id."""
+    num_gpus: float = 0
+    """GPUs; 0 runs on CPU, a fraction shares one, more than 1 spreads a model's layers. A process
+    is held to its share of the memory."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not beside the weights."""
     dtype: DType = "auto"
@@ -80,6 +93,7 @@ class ModelSpec(ActorOptions, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_gpus(self.num_gpus)
         if not self.model:
             raise ValueError("`model` is empty: give a local folder or a hub id")
 
@@ -114,8 +128,10 @@ class Fusion(_Section, frozen=True):
     def __post_init__(self) -> None:
         if not 0 < self.step <= 2:
             raise ValueError(f"`step` must be above 0 and at most 2, not {self.step}")
-        if not all(map(math.isfinite, self.weights.values())):
-            raise ValueError(f"`weights` must be finite, not {self.weights}")
+        if not all(abs(weight) <= MAX_WEIGHT for weight in self.weights.values()):
+            raise ValueError(
+                f"`weights` must be within -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {self.weights}"
+            )
         if self.weights and self.rule != "static":
             raise ValueError(f"`weights` belong to rule static; rule {self.rule} finds its own")
 
@@ -126,6 +142,8 @@ class EngineConfig(ActorOptions, frozen=True):
     The coordinator fuses on a GPU if it has one.
     """
 
+    num_gpus: float | None = None
+    """GPUs; 0 fuses on CPU. If not given, a share of the large model's: `Family.with_gpu_share`."""
     max_num_seqs: int = 64
     """Sequences decoded together (slots in every model's cache)."""
     max_model_len: int = 4096
@@ -140,11 +158,19 @@ class EngineConfig(ActorOptions, frozen=True):
     step_timeout_s: float = 300.0
     """A model that has not answered a step for so long hangs: its process is killed, and restarted
     like any that died."""
+    start_timeout_s: float = 3600.0
+    """How long the models may take to load, downloads included."""
     on_expert_loss: Literal["wait", "drop"] = "wait"
     """While an expert restarts, its requests wait for it, or go on without it."""
 
+    def max_rows(self, vocab: int) -> int:
+        """Rows of logits that a model gives in one step: one for each running sequence, and more
+        for scoring, as far as `LOGITS_BYTES` hold them in float32."""
+        return max(self.max_num_seqs, min(self.max_num_batched_tokens, LOGITS_BYTES // (4 * vocab)))
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_gpus(self.num_gpus or 0)
         for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1")
@@ -176,11 +202,35 @@ class Family(_Section, frozen=True):
                 f"`fusion.weights` names {sorted(unknown)}, which are not experts of the family; "
                 f"its experts are {sorted(self.experts)}"
             )
+        if self.fusion.rule != "static":
+            check_candidates([each.bounds for each in self.experts.values()], self.fusion.step)
 
     @property
     def models(self) -> dict[str, ModelSpec]:
         """Every model by name: large, base, then the experts in the order of the file."""
         return {LARGE: self.large, BASE: self.base, **self.experts}
+
+    @property
+    def with_gpu_share(self) -> Family:
+        """The family with `engine.num_gpus` set, if it was not.
+
+        The share is taken from the large model's, so that a family that fits a cluster still does.
+        There is none where the large model has no GPU or several (Ray gives those whole), or where
+        the coordinator is to be in another place.
+        """
+        large, engine = self.large, self.engine
+        if engine.num_gpus is not None:
+            return self
+        apart = engine.placement_strategy == "STRICT_SPREAD" or any(
+            getattr(engine, place) and getattr(engine, place) != getattr(large, place)
+            for place in ("accelerator_type", "resources", "label_selector")
+        )
+        share = 0.0 if apart or large.num_gpus > 1 else min(GPU_SHARE, large.num_gpus / 2)
+        return msgspec.structs.replace(
+            self,
+            large=msgspec.structs.replace(large, num_gpus=round(large.num_gpus - share, 4)),
+            engine=msgspec.structs.replace(engine, num_gpus=round(share, 4)),
+        )
 
     @property
     def digest(self) -> str:

@@ -6,13 +6,14 @@ The same coordinator, scheduler and workers as over Ray; only the fabric is a fu
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
-from dlf_ray.config import Family
+from dlf_ray.config import LARGE, Family
 from dlf_ray.coordinator import Coordinator
-from dlf_ray.frontend import BaseEngine, decoder, limits_of, raised
-from dlf_ray.messages import Chunk, Failed, Logits, Lost, Plan, Ready, Request
+from dlf_ray.frontend import BaseEngine, chosen, limits_of, raised
+from dlf_ray.messages import Chunk, Failed, Logits, Lost, Plan, Ready, Request, Timings
 from dlf_ray.metrics import Sink
+from dlf_ray.text import detokenizers
 from dlf_ray.worker import ModelWorker, check_vocabularies
 
 
@@ -43,25 +44,34 @@ class LocalEngine(BaseEngine):
         family: Family,
         worker: Callable[..., ModelWorker] = ModelWorker,
         metrics: Sink | None = None,
+        models: Collection[str] | None = None,
     ) -> None:
-        """Loads all models. `worker` makes one of (spec, engine config)."""
+        """Loads all models, or those that are named. `worker` makes one of (spec, engine config).
+
+        Requests that need a model that is not loaded are refused.
+        """
         super().__init__(family)
-        workers = {name: worker(spec, family.engine) for name, spec in family.models.items()}
+        specs = chosen(family, models)
+        workers = {name: worker(spec, family.engine) for name, spec in specs.items()}
         descriptions = {name: each.load() for name, each in workers.items()}
         check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
-        self.tokenizer = workers["large"].tokenizer()
+        self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
         self.limits = limits_of(family, descriptions)
         self.coordinator = Coordinator(
             LocalFabric(workers),
             limits=self.limits,
-            decode=decoder(self.tokenizer),
+            detokenizer=detokenizers(self.tokenizer),
             engine=family.engine,
-            device="cuda" if family.engine.num_gpus else "cpu",
+            device="cuda" if family.with_gpu_share.engine.num_gpus else "cpu",
             metrics=metrics,
         )
 
     def close(self) -> None:
         """Nothing outlives the object."""
+
+    def timings(self) -> Timings:
+        """Where the coordinator's time has gone so far, and which losses it got over."""
+        return self.coordinator.timings
 
     def _send(self, request: Request) -> None:
         self.coordinator.add(request)

@@ -11,7 +11,7 @@ Two kinds of traffic, neither of them pickled:
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +21,10 @@ import numpy.typing as npt
 import torch
 
 Ints = npt.NDArray[np.int32]
+ALL = 2**31 - 1
+"""A limit that leaves out nothing."""
+LENGTH_STEP = 64
+"""The length of a model's cache is a multiple of it: few sizes to grow through, rows aligned."""
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 """Stop strings of a request, and characters of each: they are looked for at every token."""
@@ -30,7 +34,21 @@ MAX_CANDIDATES = 256
 """Of a step's search for weights, over the bounds of all experts of a request together."""
 MAX_WEIGHT = 100.0
 """The size of weights and of bounds: float32 has room for any logits times it."""
+PAPERS_CANDIDATES = 21
+"""Those of the paper's grid, which every expert may have however many there are."""
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+def check_candidates(bounds: Sequence[tuple[float, float]], step: float) -> None:
+    """Raises `ValueError` where a search would try too many weights: all wait for it at each
+    step."""
+    count = sum((high - low) / step + 1 for low, high in bounds)
+    most = max(MAX_CANDIDATES, PAPERS_CANDIDATES * len(bounds))
+    if count > most + 0.5:
+        raise ValueError(
+            f"`bounds` and `step` make {count:.3g} candidates; at most {most} are tried: use a "
+            "larger `step`, narrower `bounds` or fewer `experts`"
+        )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -209,6 +227,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     """The stop string or the id of the stop token that ended the text."""
     error: str | None = None
+    refused: bool = False
+    """With an error: the request cannot be served as it is; nothing has failed."""
     spans: tuple[tuple[str, str, float, float], ...] = ()
     """With the end of a request that is traced: see `metrics.Span`."""
 
@@ -220,7 +240,10 @@ class Chunks(msgspec.Struct, frozen=True, tag=True):
 
 
 class AskTimings(msgspec.Struct, frozen=True, tag=True):
-    """Client to coordinator: where does the time go?"""
+    """Client to coordinator: where does the time go? That it is answered is a sign of life."""
+
+    id: int = 0
+    """Comes back with the answer."""
 
 
 class Timings(msgspec.Struct, frozen=True, tag=True):
@@ -228,9 +251,12 @@ class Timings(msgspec.Struct, frozen=True, tag=True):
 
     steps: int
     seconds: dict[str, float]
-    """Stages of a step (`plan`, `wait`, `aim`, `weigh`, `sample`, `commit`) and `forward NAME`."""
+    """Stages of a step (`plan`, `wait`, `aim`, `weigh`, `sample`, `commit`, `text`), and
+    `forward NAME`."""
     recoveries: tuple[Recovery, ...] = ()
     """The losses of models that are over, oldest first."""
+    id: int = 0
+    """Of the question."""
 
 
 LossReason = Literal["died", "hung", "out of memory"]
@@ -252,6 +278,8 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     name: str
     length: int
     """The tokens that a sequence may have in it."""
+    positions: int | None = None
+    """Slots x length that its cache has room for, where that is known."""
 
 
 class RemoveModel(msgspec.Struct, frozen=True, tag=True):
@@ -326,6 +354,13 @@ class Plan:
 
     Where `sources[i]` is a slot, that one's first `starts[i]` positions, as they are before this
     step, are copied to slot `slots[i]` first: sequences that begin alike are computed once.
+
+    A model's cache is a rectangle of slots x positions. Once the copies are made, nothing is held
+    any more at and above slot `keep`, nor at and above position `keep_length` of any slot, but for
+    what the plan's own chunks begin from: the first `starts[i]` positions of their slots. A cache
+    that lacks slots or positions for a plan becomes as large as the highest slot and the longest
+    sequence held after the plan ask for, lengths rounded up to `LENGTH_STEP`, and no larger; so a
+    plan can trade slots for length, and back. One that lacks neither stays as it is.
     """
 
     step: int
@@ -337,8 +372,10 @@ class Plan:
     """All chunks one after the other, [sum(lengths)]."""
     sources: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     """A slot or -1 for each chunk, or nothing at all if there is nothing to copy."""
+    keep: int = ALL
+    keep_length: int = ALL
 
-    HEADER = struct.Struct("<4sQIII")
+    HEADER = struct.Struct("<4sQIIIII")
     MAGIC = b"dlfP"
 
     @property
@@ -348,7 +385,7 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         sizes = len(self.slots), len(self.tokens), len(self.sources)
-        header = self.HEADER.pack(self.MAGIC, self.step, *sizes)
+        header = self.HEADER.pack(self.MAGIC, self.step, *sizes, self.keep, self.keep_length)
         arrays = (self.slots, self.starts, self.lengths, self.wants, self.tokens, self.sources)
         return header + np.concatenate(arrays).astype("<i4", copy=False).tobytes()
 
@@ -357,13 +394,13 @@ class Plan:
         """Raises `ValueError` where `data` is not a plan."""
         if len(data) < cls.HEADER.size:
             raise ValueError("a plan shorter than its header")
-        magic, step, n, m, k = cls.HEADER.unpack_from(data)
+        magic, step, n, m, k, *kept = cls.HEADER.unpack_from(data)
         if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + m + k):
             raise ValueError("not a plan, or one of another length than its header says")
         body = np.frombuffer(data, dtype="<i4", offset=cls.HEADER.size)
         slots, starts, lengths, wants = body[: 4 * n].reshape(4, n)
         tokens, sources = body[4 * n : 4 * n + m], body[4 * n + m :]
-        return cls(step, slots, starts, lengths, wants, tokens, sources)
+        return cls(step, slots, starts, lengths, wants, tokens, sources, *kept)
 
 
 @dataclass(frozen=True)
@@ -425,6 +462,12 @@ class Description:
     parameters: int
     device: str
     dtype: str
+    cache_bytes_per_position: int = 0
+    """Of one token's keys and values in all layers; 0 if unknown."""
+    free_bytes: int | None = None
+    """What its device has left for the cache, a step's own needs put aside; None if unknown."""
+    node: str = ""
+    """The machine that it runs on: its models share the main memory."""
 
 
 @dataclass(frozen=True)
@@ -432,24 +475,30 @@ class Limits:
     """What a running family can take; the same check guards the caller and the coordinator."""
 
     lengths: dict[str, int]
-    """For each model, large and base first, the tokens a sequence may have in it."""
+    """For each model that is loaded, large and base first, the tokens a sequence may have in it."""
     vocab: int
     eos_token_ids: tuple[int, ...]
+    positions: dict[str, int] = field(default_factory=dict)
+    """For each model whose memory is known: slots x length that its cache may have."""
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return tuple(self.lengths)[2:]
+        return tuple(name for name in self.lengths if name not in ("large", "base"))
 
     def having(self, lengths: dict[str, int]) -> Limits:
         """The limits of the same family with other experts."""
-        return Limits(lengths, self.vocab, self.eos_token_ids)
+        return Limits(lengths, self.vocab, self.eos_token_ids, self.positions)
+
+    def check_names(self, models: Collection[str]) -> None:
+        """Raises `ValueError` where one of the models is not there."""
+        for name in models:
+            if name not in self.lengths:
+                raise ValueError(f"no model {name!r} is loaded; there are {list(self.lengths)}")
 
     def check(self, request: Request) -> None:
         """Raises `ValueError`, saying what to change, where the request cannot be served."""
         fusion = request.fusion
-        for name in (*request.prompts, *fusion.experts, *([fusion.alone] if fusion.alone else [])):
-            if name not in self.lengths:
-                raise ValueError(f"no model {name!r} in the family; it has {list(self.lengths)}")
+        self.check_names((*request.prompts, *request.models))
         if not (request.sampling.max_tokens or request.continuation):
             raise ValueError(
                 "`max_tokens` must be at least 1 where there is nothing to score (a prompt of two "
@@ -459,6 +508,13 @@ class Limits:
             raise ValueError("one pair of bounds for each expert is needed")
         if fusion.rule == "static" and len(fusion.weights) != len(fusion.experts):
             raise ValueError("one weight for each expert is needed with rule static")
+        sizes = [abs(number) for pair in (*fusion.bounds, fusion.weights) for number in pair]
+        if not all(size <= MAX_WEIGHT for size in sizes):
+            raise ValueError(f"`weights` and `bounds` must be at most {MAX_WEIGHT:g} in size")
+        if fusion.rule != "static":
+            if not fusion.step > 0 or not all(low < high for low, high in fusion.bounds):
+                raise ValueError("`step` must be above 0, and `bounds` low < high")
+            check_candidates(fusion.bounds, fusion.step)
         for name in request.models:
             tokens = request.prompt_of(name)
             if not tokens:

@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import EXPERTS, family_of
+from conftest import EXPERTS, family_of, params_of, prompts_of
 from oracle import Oracle
 from transformers import AutoModelForCausalLM
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.messages import Logits
 from dlf_ray.worker import ModelWorker
-
-
-def prompts_of(count, longest=200, seed=0):
-    """Token ids of `count` prompts, between 1 and `longest` long."""
-    rng = np.random.default_rng(seed)
-    lengths = [1, longest, *rng.integers(1, longest, size=max(0, count - 2))][:count]
-    return [rng.integers(1, 300, size=length).tolist() for length in lengths]
-
-
-def params_of(count, seed=1):
-    """Different lengths, so that sequences leave, and others join, at different steps."""
-    rng = np.random.default_rng(seed)
-    return [SamplingParams(max_tokens=int(n)) for n in rng.integers(3, 16, size=count)]
 
 
 @pytest.fixture(

@@ -4,12 +4,11 @@ import random
 
 import pytest
 import torch
-from conftest import EXPERTS, family_of
-from test_local import params_of, prompts_of
+from conftest import EXPERTS, family_of, params_of, prompts_of
 
 from dlf_ray import LocalEngine, SamplingParams
-from dlf_ray.coordinator import STRIKES
 from dlf_ray.local import LocalFabric
+from dlf_ray.losses import STRIKES
 from dlf_ray.messages import Lost, Ready
 from dlf_ray.worker import ModelWorker
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import EXPERTS, family_of
+from processes import PATIENCE_S
 
 from dlf_ray import Engine, LocalEngine, SamplingParams
 from dlf_ray.metrics import METRICS, MemorySink, chrome_trace
@@ -76,7 +77,7 @@ def test_ray_exports_them_for_prometheus(ray_cluster, folder):
         assert {actor for actor, *_ in output.spans} == {"coordinator", *engine.family.models}
         (node,) = ray.nodes()
         address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         found = {}
         while "generation_tokens" not in found and time.monotonic() < deadline:
             time.sleep(1)
