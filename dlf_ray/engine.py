@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, TypeVar, Unpack
+import time
+import traceback
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar, Unpack
 
 import msgspec
 import psutil
@@ -33,7 +37,7 @@ from dlf_ray.frontend import (
     FusionOptions,
     Output,
     Prompts,
-    decoder,
+    chosen,
     limits_of,
     raised,
     resolve,
@@ -55,13 +59,17 @@ from dlf_ray.messages import (
     Timings,
 )
 from dlf_ray.metrics import METRICS, MODEL_NAME, PREFIX
-from dlf_ray.placement import COORDINATOR, Placement, need_of, needs
+from dlf_ray.placement import COORDINATOR, Placement, need_of, needs, settled, settled_expert
+from dlf_ray.text import detokenizers
 from dlf_ray.transport import ClientLink, Connection, Done, FromClient, Hub, ToClient, WorkerLink
 from dlf_ray.worker import ModelWorker, check_vocabularies
 
 IDLE_WAIT_S = 1.0
-START_TIMEOUT_S = 60.0  # for loaded workers to connect
+LOAD_RETRIES = 2  # of a worker that is killed while it loads; more would only be killed as well
+LOAD_WORD_S = 30.0  # how often it is said which models are still loading
+CONNECT_TIMEOUT_S = 60.0  # for loaded workers to connect
 STOP_TIMEOUT_S = 5.0  # for loops to end by themselves
+MARGIN_S = 30.0  # beyond the longest step, before a silent coordinator counts as one that hangs
 
 
 T = TypeVar("T")
@@ -76,6 +84,7 @@ class WorkerActor:
         self.loaded = False
 
     def load(self) -> Description:
+        _keep_to_share(self.worker.spec.num_gpus)
         try:
             description = self.worker.load()
         except (ValueError, OSError) as error:
@@ -85,14 +94,29 @@ class WorkerActor:
         self.loaded = True
         return description
 
-    def tokenizer(self) -> Any:
-        return self.worker.tokenizer()
+    def tokenizer(self, spec: ModelSpec | None = None) -> Any:
+        """The model's own, or another's, which this actor need not have loaded."""
+        worker = type(self.worker)(spec, self.worker.engine) if spec else self.worker
+        return worker.tokenizer()
 
     def serve(self, connection: Connection, name: str) -> None:
         """The loop. Ray calls it again in a new process where the one before has died."""
         if not self.loaded:
             self.load()
-        self.worker.run(WorkerLink(connection, name, _this_process()))
+        link = WorkerLink(connection, name, _this_process())
+        try:
+            self.worker.run(link)
+        except Exception:
+            # What no step can get over, such as an error of CUDA's that sticks, another process
+            # can: Ray starts one, as where this one had died by itself.
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _keep_to_share(num_gpus: float | None) -> None:
+    """Holds this process to its share of a GPU, so that it cannot take what is its neighbours'."""
+    if num_gpus and num_gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(num_gpus)
 
 
 def _this_process() -> Process:
@@ -158,12 +182,13 @@ class CoordinatorActor:
         model_name: str,
     ) -> dict[str | None, Connection]:
         """Binds the hub; the connection of each worker, and under None that of clients."""
-        torch.set_num_threads(max(1, int(engine.num_cpus)))
+        torch.set_num_threads(max(1, int(engine.num_cpus or 1)))
+        _keep_to_share(engine.num_gpus)
         host = ray.util.get_node_ip_address()
         self.hub = Hub(
             host,
             models,
-            rows=engine.max_num_seqs,
+            rows=engine.max_rows(limits.vocab),
             vocab=limits.vocab,
             step_timeout_s=engine.step_timeout_s,
             kill=_kill_anywhere,
@@ -174,7 +199,7 @@ class CoordinatorActor:
         self.coordinator = Coordinator(
             self.hub,
             limits=limits,
-            decode=decoder(tokenizer),
+            detokenizer=detokenizers(tokenizer),
             engine=engine,
             device="cuda" if engine.num_gpus else "cpu",
             metrics=RayMetrics(model_name),
@@ -194,7 +219,10 @@ class CoordinatorActor:
                     self.hub.close()
                     return
                 self._heed(client, message)
-            self._publish(self.coordinator.step())
+            self.coordinator.begin()
+            # While the models compute, clients hear of the step before.
+            self._publish(self.coordinator.news())
+            self.coordinator.finish()
             self._tell_of_changes()
 
     def _heed(self, client: str, message: FromClient) -> None:
@@ -202,22 +230,29 @@ class CoordinatorActor:
             case Request():
                 try:
                     self.coordinator.add(message, client)
-                except ValueError as error:
-                    chunk = Chunk(id=message.id, finish_reason="error", error=str(error))
+                except Exception as error:  # of a request, which may hurt no other
+                    refused = isinstance(error, ValueError)
+                    if not refused:
+                        log.exception("request %d cannot be taken", message.id)
+                    chunk = Chunk(
+                        id=message.id, finish_reason="error", error=str(error), refused=refused
+                    )
                     self._publish([(client, chunk)])
             case Abort():
                 self.coordinator.abort(message.id, client)
             case AskTimings():
-                self.hub.publish(client, self.coordinator.timings)
+                answer = msgspec.structs.replace(self.coordinator.timings, id=message.id)
+                self.hub.publish(client, answer)
             case AddModel():
-                self.coordinator.add_model(message.name, message.length)
+                self.coordinator.add_model(message.name, message.length, message.positions)
                 self._joining[message.name] = client
-                self.hub.publish(client, Done(message.name, self.hub.add(message.name)))
+                room = self.hub.add(message.name)
+                self.hub.publish(client, Done(message.name, "added", room))
             case RemoveModel():
                 self._joining.pop(message.name, None)
                 self._leaving[message.name] = client
             case Gone():
-                self._publish(self.coordinator.give_up(message.name, message.error))
+                self.coordinator.give_up(message.name, message.error)
 
     def _publish(self, chunks: list[tuple[str, Chunk]]) -> None:
         news: dict[str, list[Chunk]] = {}
@@ -228,10 +263,10 @@ class CoordinatorActor:
 
     def _tell_of_changes(self) -> None:
         for name in [name for name in self._joining if self.coordinator.is_ready(name)]:
-            self.hub.publish(self._joining.pop(name), Done(name))
+            self.hub.publish(self._joining.pop(name), Done(name, "joined"))
         for name in [name for name in self._leaving if self.coordinator.remove_model(name)]:
             self.hub.remove(name)
-            self.hub.publish(self._leaving.pop(name), Done(name))
+            self.hub.publish(self._leaving.pop(name), Done(name, "left"))
 
 
 class Engine(BaseEngine):
@@ -247,14 +282,18 @@ class Engine(BaseEngine):
         worker: type[ModelWorker] = ModelWorker,
         group: PlacementGroup | None = None,
         model_name: str | None = None,
+        models: Collection[str] | None = None,
     ) -> None:
         """Raises `ValueError` where the file or the cluster has to change, `EngineError` else.
 
         `worker` is what every model's actor runs. `group` is a placement group of the caller's to
         run in, with the caller's own bundle first, then `placement.resources(family)`.
         `model_name` is the label of its metrics; the large model's name if not given.
+        `models` are those of the family to load, all if not given; requests that need another one
+        are refused.
         """
         super().__init__(family)
+        self._models = chosen(family, models)
         self._worker = worker
         self._given = group
         self._model_name = model_name or family.large.model
@@ -266,7 +305,11 @@ class Engine(BaseEngine):
         self._descriptions: dict[str, Description] = {}
         self.failure: EngineError | None = None
         """Why it cannot serve any more, if so."""
-        self._timings: queue.SimpleQueue[Timings] = queue.SimpleQueue()
+        self._questions = itertools.count()
+        self._asked: dict[int, Future[Timings]] = {}
+        """What the coordinator has not answered yet."""
+        self._ping: tuple[float, Future[Timings]] | None = None
+        """The last one of `check_health`, and when it was asked."""
         self._done: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._changing = threading.Lock()
         self._closing = threading.Event()
@@ -286,32 +329,37 @@ class Engine(BaseEngine):
             raise
 
     def _start(self) -> None:
-        family = self.family
-        placement = Placement(needs(family), family.engine, self._given)
+        # Bundles that were made for it say already what each actor has.
+        family = self.family.with_gpu_share if self._given else settled(self.family)
+        self.family = family
+        self._models = chosen(family, list(self._models))
+        _say_where_it_fuses(family)
+        placement = Placement(needs(family, self._models), family.engine, self._given)
         self._placements[COORDINATOR] = placement
         placement.wait()
-        for name, spec in family.models.items():
+        for name, spec in self._models.items():
             self._actors[name] = self._start_worker(placement, name, spec)
         coordinator: Any = ray.remote(CoordinatorActor)
         coordinator = coordinator.options(**placement.options(COORDINATOR)).remote()
         workers, self._actors[COORDINATOR] = dict(self._actors), coordinator
-        descriptions = self._all({name: each.load.remote() for name, each in workers.items()})
+        descriptions = self._load(workers)
         check_vocabularies(family, descriptions, self._vocabulary)
-        self.tokenizer = ray.get(workers[LARGE].tokenizer.remote())
+        first = next(iter(workers))
+        large = () if first == LARGE else (family.large,)
+        self.tokenizer = self._one(first, workers[first].tokenizer.remote(*large))
         self.limits = limits_of(family, descriptions)
-        connections = ray.get(
-            coordinator.open.remote(
-                list(workers), self.limits, self.tokenizer, family.engine, self._model_name
-            )
+        opened = coordinator.open.remote(
+            list(workers), self.limits, self.tokenizer, family.engine, self._model_name
         )
+        connections = self._one(COORDINATOR, opened)
         self._descriptions = descriptions
         self._loops = {
             name: each.serve.remote(connections[name], name) for name, each in workers.items()
         }
-        ready = {COORDINATOR: coordinator.ready.remote(START_TIMEOUT_S)}
+        ready = {COORDINATOR: coordinator.ready.remote(CONNECT_TIMEOUT_S)}
         self.shares_memory = self._all(ready, watch=self._loops)[COORDINATOR]
         self._loops[COORDINATOR] = coordinator.run.remote()
-        self._link = ClientLink(connections[None], self._receive)
+        self._link = ClientLink(connections[None], self._receive, self._link_died)
         threading.Thread(target=self._watch, name="dlf-watch", daemon=True).start()
 
     def _start_worker(self, placement: Placement, name: str, spec: ModelSpec) -> Any:
@@ -321,10 +369,20 @@ class Engine(BaseEngine):
         remote = remote.options(**placement.options(name), **for_ever)
         return remote.remote(self._worker, spec, self.family.engine)
 
+    def _load(self, workers: Mapping[str, Any]) -> dict[str, Description]:
+        """Loads models beside each other; errors as in `_all`.
+
+        Ray would start a worker for ever that is killed for ever, for its memory say.
+        """
+        again = {"max_task_retries": LOAD_RETRIES}
+        loading = {name: each.load.options(**again).remote() for name, each in workers.items()}
+        died = f"was killed {1 + LOAD_RETRIES} times while it loaded, most likely for its memory"
+        return self._all(loading, died=died)
+
     def _vocabulary(self, name: str) -> Mapping[str, int]:
         # The large model's actor, once it serves, has no time for questions.
         known = self.tokenizer if name == LARGE else None
-        tokenizer = known or ray.get(self._actors[name].tokenizer.remote())
+        tokenizer = known or self._one(name, self._actors[name].tokenizer.remote())
         vocabulary: Mapping[str, int] = tokenizer.get_vocab()
         return vocabulary
 
@@ -336,6 +394,7 @@ class Engine(BaseEngine):
         if self._link:
             self._link.send(Stop())
             self._link.close()
+        self._tell(EngineError("the engine is closed"))
         loops = list(self._loops.values())
         over = self.failure is None and self._link is not None and self._wait_for(loops)
         self._end([*self._actors, *self._placements], over=over)
@@ -366,6 +425,7 @@ class Engine(BaseEngine):
             self._check_open()
             if name in self.family.models:
                 raise ValueError(f"the family has a model {name!r} already")
+            spec = settled_expert(spec)
             experts = {**self.family.experts, name: spec}
             family = msgspec.structs.replace(self.family, experts=experts)
             resolve(family, {})  # with it, would requests without options be valid?
@@ -375,7 +435,7 @@ class Engine(BaseEngine):
                 self._placements[name] = placement
                 placement.wait()
                 actor = self._actors[name] = self._start_worker(placement, name, spec)
-                (description,) = self._all({name: actor.load.remote()}).values()
+                (description,) = self._load({name: actor}).values()
                 descriptions = {**self._descriptions, name: description}
                 check_vocabularies(family, descriptions, self._vocabulary)
                 if description.vocab < self.limits.vocab:
@@ -383,16 +443,17 @@ class Engine(BaseEngine):
                         f"model {name!r} ({spec.model}) gives {description.vocab} logits, the "
                         f"family has {self.limits.vocab}"
                     )
-                length = limits_of(family, descriptions).lengths[name]
+                limits = limits_of(family, descriptions)
+                length = limits.lengths[name]
                 asked = True
-                self._check_open().send(AddModel(name, length))
-                connection = self._finished(name).connection
+                self._check_open().send(AddModel(name, length, limits.positions.get(name)))
+                connection = self._finished(name, "added").connection
                 loop = actor.serve.remote(connection, name)
-                self._finished(name, loop)
+                self._finished(name, "joined", loop)
             except BaseException:
                 if asked and not self.failure:
                     self._check_open().send(RemoveModel(name))
-                    self._finished(name)
+                    self._finished(name, "left")
                 self._end([name], over=False)
                 raise
             self._loops[name] = loop
@@ -412,6 +473,7 @@ class Engine(BaseEngine):
             family, limits = self.family, self.limits
             if name not in family.experts:
                 raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
+            loop = self._loops.pop(name, None)  # first, so that its end is not taken for a death
             weights = _without(family.fusion.weights, name)
             self.family = msgspec.structs.replace(
                 family,
@@ -420,20 +482,31 @@ class Engine(BaseEngine):
             )
             self.limits = limits.having(_without(limits.lengths, name))
             del self._descriptions[name]
-            loop = self._loops.pop(name, None)
             self._check_open().send(RemoveModel(name))
-            self._finished(name, loop)
+            try:
+                self._finished(name, "left", loop)
+            except (ValueError, EngineError) as error:  # it will not come back
+                self._check_open().send(Gone(name, str(error)))
+                self._finished(name, "left")
             self._wait_for([loop] if loop else [])
             self._end([name], over=True)
 
-    def _finished(self, name: str, loop: ray.ObjectRef[None] | None = None) -> Done:
+    def _finished(
+        self,
+        name: str,
+        change: Literal["added", "joined", "left"],
+        loop: ray.ObjectRef[None] | None = None,
+    ) -> Done:
         """The coordinator's word on a change. Raises what ends the engine or the `loop` first."""
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._done.get(timeout=1.0)
+                done = self._done.get(timeout=1.0)
+                if (done.name, done.change) == (name, change):
+                    return done
+                continue  # of an earlier change, that was given up before it was done
             self._check_open()
             if loop and ray.wait([loop], timeout=0)[0]:
-                self._all({name: loop})
+                self._one(name, loop)
 
     @staticmethod
     def _wait_for(refs: list[Any]) -> bool:
@@ -448,10 +521,23 @@ class Engine(BaseEngine):
         **fusion: Unpack[FusionOptions],
     ) -> Output:
         """Generates for one prompt; many may be awaited together, and share the steps."""
-        requests = self._requests([prompt], sampling, fusion)
+        (request,) = self._requests([prompt], sampling, fusion)
+        return await self._whole(request)
+
+    async def ascore(
+        self,
+        prompt: Prompts,
+        continuation: str | Sequence[int],
+        **fusion: Unpack[FusionOptions],
+    ) -> Output:
+        """Like `score`, for one prompt; many may be awaited together, and share the steps."""
+        (request,) = self._requests([prompt], None, fusion, [continuation])
+        return await self._whole(request)
+
+    async def _whole(self, request: Request) -> Output:
         output = Output()
-        async for chunk in self._chunks(requests[0]):
-            output.add(chunk, requests[0])
+        async for chunk in self._chunks(request):
+            output.add(chunk, request)
         return output
 
     async def astream(
@@ -463,9 +549,7 @@ class Engine(BaseEngine):
         """Like `stream`. A task that is cancelled frees the request."""
         requests = self._requests([prompt], sampling, fusion)
         async for chunk in self._chunks(requests[0]):
-            if chunk.error:
-                raise RuntimeError(chunk.error)
-            yield Output().add(chunk, requests[0])
+            yield Output().add(chunk, requests[0]).checked()
 
     async def _chunks(self, request: Request) -> AsyncIterator[Chunk]:
         loop = asyncio.get_running_loop()
@@ -495,47 +579,107 @@ class Engine(BaseEngine):
             self._link.send(Abort(id))
 
     def timings(self) -> Timings:
-        """Where the coordinator's time has gone so far, and which losses it got over."""
-        self._check_open().send(AskTimings())
-        return self._timings.get(timeout=self.family.engine.step_timeout_s)
+        """Where the coordinator's time has gone so far, and which losses it got over.
+
+        Raises `EngineError` where it does not answer.
+        """
+        asked = self._ask()
+        try:
+            return asked.result(timeout=self._patience_s)
+        except TimeoutError:
+            raise self._silent(self._patience_s) from None
+
+    def check_health(self) -> None:
+        """Raises `EngineError` where the engine has failed, or its coordinator hangs.
+
+        Returns at once: each call judges by the questions of those before, so call it regularly.
+        """
+        self._check_open()
+        if self._ping is None or self._ping[1].done():
+            self._ping = time.monotonic(), self._ask()
+        waited = time.monotonic() - self._ping[0]
+        if waited > self._patience_s:
+            raise self._silent(waited)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long an answer may take: the coordinator gives it between two steps."""
+        return self.family.engine.step_timeout_s + MARGIN_S
+
+    @staticmethod
+    def _silent(seconds: float) -> EngineError:
+        return EngineError(f"the coordinator hangs: it has not answered for {seconds:.0f} s")
+
+    def _ask(self) -> Future[Timings]:
+        number = next(self._questions)
+        asked = self._asked[number] = Future()
+        self._check_open().send(AskTimings(number))
+        return asked
 
     def _receive(self, message: ToClient) -> None:
-        if isinstance(message, Timings):
-            self._timings.put(message)
-        elif isinstance(message, Done):
-            self._done.put(message)
-        else:
-            for chunk in message.chunks:
-                self._dispatch(chunk)
+        match message:
+            case Timings():
+                if asked := self._asked.pop(message.id, None):
+                    asked.set_result(message)
+            case Done():
+                self._done.put(message)
+            case Chunks():
+                for chunk in message.chunks:
+                    try:
+                        self._dispatch(chunk)
+                    except Exception:  # such as that of a task whose event loop has been closed
+                        log.exception("a request is aborted: what it brings cannot be delivered")
+                        self._deliver.pop(chunk.id, None)
+                        self._abort(chunk.id)
+
+    def _link_died(self, error: Exception) -> None:
+        self._fail(EngineError(f"the link to the coordinator died: {error!r}"))
 
     def _watch(self) -> None:
         """Notices loops that have ended for good, and tells everybody where that was not wanted."""
-        while not self._closing.is_set():
-            loops = dict(self._loops)
-            done, _ = ray.wait(list(loops.values()), num_returns=1, timeout=1.0)
-            for name, loop in loops.items():
-                if loop in done and self._loops.get(name) is loop and not self._closing.is_set():
-                    self._ended(name, loop)
-            if self.failure:
-                return
+        try:
+            while not self._closing.is_set() and not self.failure:
+                loops = dict(self._loops)
+                done, _ = ray.wait(list(loops.values()), num_returns=1, timeout=1.0)
+                for name, loop in loops.items():
+                    if loop in done and self._loops.get(name) is loop:
+                        self._ended(name, loop)
+        except Exception as error:  # Ray itself has ended
+            self._fail(EngineError(f"the engine has lost its actors: {error}"))
 
     def _ended(self, name: str, loop: ray.ObjectRef[None]) -> None:
+        dropped = name in self.family.experts and self.family.engine.on_expert_loss == "drop"
+        if self._closing.is_set() or self._loops.pop(name, None) is not loop:
+            return  # as it was to
         try:
             ray.get(loop)
             cause = "its loop ended"
         except Exception as error:
             cause = str(error)
-        self._loops.pop(name, None)
         failure = EngineError(f"{self._title(name)} died: {cause}")
-        if name in self.family.experts and self.family.engine.on_expert_loss == "drop":
+        if dropped:
             log.error("%s; the family goes on without it", failure)
-            if self._link:
-                self._link.send(Gone(name, str(failure)))
-            return
-        self.failure = failure
+            self._check_open().send(Gone(name, str(failure)))
+        else:
+            self._fail(failure)
+
+    def _fail(self, failure: EngineError) -> None:
+        """Nothing can be served any more: whoever waits is told, and whoever comes."""
+        if not self._closing.is_set():
+            self.failure = self.failure or failure
+            self._tell(failure)
+
+    def _tell(self, error: EngineError) -> None:
+        """Ends every wait for the coordinator with an error."""
         for id in list(self._deliver):
             if deliver := self._deliver.pop(id, None):
-                deliver(failure)
+                try:
+                    deliver(error)
+                except Exception:
+                    log.exception("a request cannot be told of the end: %s", error)
+        for number in list(self._asked):
+            if asked := self._asked.pop(number, None):
+                asked.set_exception(error)
 
     def _title(self, name: str) -> str:
         if name == COORDINATOR:
@@ -543,25 +687,64 @@ class Engine(BaseEngine):
         spec = self.family.models.get(name)
         return f"model {name!r}" + (f" ({spec.model})" if spec else "")
 
-    def _all(self, refs: dict[str, Any], watch: dict[str, Any] | None = None) -> dict[str, Any]:
-        """All results; the first failure, also one of `watch`, is raised at once."""
+    def _one(self, name: str, ref: Any) -> Any:
+        return self._all({name: ref})[name]
+
+    def _all(
+        self,
+        refs: dict[str, Any],
+        watch: dict[str, Any] | None = None,
+        died: str = "did not start",
+    ) -> dict[str, Any]:
+        """All results; the first failure, also one of `watch`, is raised at once. `died` is what is
+        said of an actor whose process has ended.
+
+        Raises `ValueError` where the file has to change; `EngineError` else, also after
+        `engine.start_timeout_s`.
+        """
         names = {ref: name for name, ref in {**(watch or {}), **refs}.items()}
         waiting = set(names)
-        while waiting & set(refs.values()):
-            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-            waiting.remove(done)
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                ours = isinstance(cause, ValueError | OSError) and not isinstance(
-                    cause, TimeoutError
+        began = time.monotonic()
+        limit_s = self.family.engine.start_timeout_s
+        while late := [self._title(name) for name, ref in refs.items() if ref in waiting]:
+            left = began + limit_s - time.monotonic()
+            if left <= 0:
+                raise EngineError(
+                    f"{', '.join(late)} did not start within {limit_s:g} s; raise "
+                    "`engine.start_timeout_s` where that is not enough to load"
                 )
-                kind = ValueError if ours else EngineError
-                raise kind(f"{self._title(names[done])}: {cause}") from error
-            except ray.exceptions.RayError as error:
-                raise EngineError(f"{self._title(names[done])} did not start: {error}") from error
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, LOAD_WORD_S))
+            if not done:
+                waited = time.monotonic() - began
+                if waited < limit_s:
+                    log.warning("starting, %.0f of %g s: %s", waited, limit_s, ", ".join(late))
+                continue
+            waiting.discard(done[0])
+            self._raise_failure(self._title(names[done[0]]), done[0], died)
         return {name: ray.get(ref) for name, ref in refs.items()}
+
+    @staticmethod
+    def _raise_failure(title: str, ref: Any, died: str) -> None:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            ours = isinstance(cause, ValueError | OSError) and not isinstance(cause, TimeoutError)
+            kind = ValueError if ours else EngineError
+            raise kind(f"{title}: {cause}") from error
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"{title} {died}: {error}") from error
+
+
+def _say_where_it_fuses(family: Family) -> None:
+    share = family.engine.num_gpus
+    if share:
+        log.info("the coordinator fuses on a GPU, of which it has %g", share)
+    elif any(spec.num_gpus for spec in family.models.values()):
+        log.warning(
+            "the coordinator fuses on a CPU, which is slow beside models on GPUs: give it a share "
+            "of one (`engine: {num_gpus: 0.1}`)"
+        )
 
 
 def _without(mapping: Mapping[str, T], name: str) -> dict[str, T]:

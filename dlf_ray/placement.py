@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
+import msgspec
 from ray.util.accelerators import accelerators
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -23,14 +25,17 @@ from dlf_ray.capacity import (
     starting,
     together,
 )
-from dlf_ray.config import ActorOptions, EngineConfig, Family
-from dlf_ray.frontend import EngineError
+from dlf_ray.config import ActorOptions, EngineConfig, ExpertSpec, Family, ModelSpec
+from dlf_ray.frontend import EngineError, chosen
 
 COORDINATOR = "coordinator"
 ACCELERATOR = "accelerator_type:"  # Ray's resource of a node with such a GPU
 ASKED = 0.001  # of it, as Ray itself does
 FIRST_WORD_S, EVERY_S = 1.0, 30.0  # when it is said what is waited for
+CPUS = 1.0  # of an actor whose file does not say
+LEAST = 0.01  # of a CPU, where few are shared
 Needs = Mapping[str, Need]
+Options = TypeVar("Options", bound=ActorOptions)
 
 log = logging.getLogger("dlf_ray")
 
@@ -83,13 +88,68 @@ class Placement:
         }
 
 
-def needs(family: Family) -> dict[str, Need]:
-    """What each actor of the family asks of its node, the coordinator first.
+def needs(family: Family, models: Collection[str] | None = None) -> dict[str, Need]:
+    """What each actor of the family, or of those models of it, asks of its node, the coordinator
+    first.
 
     Raises `ValueError` for an accelerator that Ray does not know.
     """
-    actors: dict[str, ActorOptions] = {COORDINATOR: family.engine, **family.models}
+    family = family.with_gpu_share
+    actors: dict[str, ModelSpec | EngineConfig] = {
+        COORDINATOR: family.engine,
+        **chosen(family, models),
+    }
     return {name: need_of(name, asked) for name, asked in actors.items()}
+
+
+def settled(family: Family, copies: int = 1, beside: float = 0.0) -> Family:
+    """The family with what its file leaves open: the `num_cpus` of actors, the coordinator's GPU.
+
+    Each such actor has one CPU. Where the cluster is one machine that has too few for `copies` of
+    the family, with `beside` CPUs for something else beside each, they have equal shares of what
+    the others leave; one more share stays free, for an expert that joins later.
+    """
+    family = family.with_gpu_share
+    actors: list[ActorOptions] = [family.engine, *family.models.values()]
+    asked = [each.num_cpus for each in actors if each.num_cpus is not None]
+    unasked = len(actors) - len(asked)
+    cpus = CPUS
+    if unasked and (machine := _only_machine()):
+        left = machine.resources.get("CPU", 0) / copies - beside - sum(asked)
+        if left < unasked * CPUS:
+            cpus = _share(left / (unasked + 1))
+            log.info("%d actors share the CPUs of this machine: %g for each", unasked, cpus)
+    return msgspec.structs.replace(
+        family,
+        large=_with_cpus(family.large, cpus),
+        base=_with_cpus(family.base, cpus),
+        experts={name: _with_cpus(each, cpus) for name, each in family.experts.items()},
+        engine=_with_cpus(family.engine, cpus),
+    )
+
+
+def settled_expert(expert: ExpertSpec) -> ExpertSpec:
+    """The same for one more expert: it has what is free of the only machine, one CPU at most."""
+    machine = _only_machine(free=True) if expert.num_cpus is None else None
+    return _with_cpus(expert, _share(machine.resources.get("CPU", 0)) if machine else CPUS)
+
+
+def _with_cpus(options: Options, cpus: float) -> Options:
+    return options if options.num_cpus else msgspec.structs.replace(options, num_cpus=cpus)
+
+
+def _share(cpus: float) -> float:
+    """Of one CPU, in hundredths; a whole one, which will be refused, where there is nothing."""
+    share = math.floor(100 * min(cpus, CPUS)) / 100
+    return share if share >= LEAST else CPUS
+
+
+def _only_machine(free: bool = False) -> Node | None:
+    """What the cluster's node has, or what is `free` of it, if it is the only one and stays so."""
+    if len(nodes := present(free)) != 1:
+        return None
+    capacity = possible()
+    return nodes[0] if capacity is not None and not capacity.more else None
 
 
 def resources(family: Family) -> dict[str, dict[str, float]]:
@@ -102,7 +162,7 @@ def label_selectors(family: Family) -> dict[str, dict[str, str]]:
     return {name: dict(need.label_selector) for name, need in needs(family).items()}
 
 
-def need_of(name: str, asked: ActorOptions) -> Need:
+def need_of(name: str, asked: ModelSpec | EngineConfig) -> Need:
     """What one actor asks of its node; errors as in `needs`."""
     known = sorted(v for k, v in vars(accelerators).items() if k.isupper() and isinstance(v, str))
     if asked.accelerator_type and asked.accelerator_type not in known:
@@ -111,8 +171,8 @@ def need_of(name: str, asked: ActorOptions) -> Need:
             f"{', '.join(known)}"
         )
     amounts = {
-        "CPU": asked.num_cpus,
-        "GPU": asked.num_gpus,
+        "CPU": asked.num_cpus or CPUS,
+        "GPU": asked.num_gpus or 0,
         "memory": asked.memory or 0,
         **({ACCELERATOR + asked.accelerator_type: ASKED} if asked.accelerator_type else {}),
         **asked.resources,

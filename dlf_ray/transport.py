@@ -20,6 +20,7 @@ way: the next that is heard of it is the hello of a new process.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import queue
@@ -28,7 +29,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 import torch
@@ -39,6 +41,7 @@ from dlf_ray.messages import (
     Abort,
     AddModel,
     AskTimings,
+    Chunk,
     Chunks,
     Failed,
     Gone,
@@ -60,6 +63,7 @@ PROBE_S = 0.2  # how often a worker that computes is asked whether it is there
 HEARTBEAT_S, SILENCE_S = 3, 10  # the life signs of a worker, and for how long they may stay away
 HAS_MEMORY = hasattr(os, "memfd_create")  # Linux; elsewhere everything goes over TCP
 NONCE = 64  # bytes in front of the logits, a multiple of every float's size
+log = logging.getLogger("dlf_ray")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Connection:
     address: str
     server_public: bytes
     client_public: bytes
-    client_secret: bytes
+    client_secret: bytes = field(repr=False)
     memory: Memory | None = None
 
     def connect(self, identity: str, address: str | None = None) -> zmq.Socket[bytes]:
@@ -108,8 +112,16 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """Coordinator to client: the family has changed as asked."""
 
     name: str
+    change: Literal["added", "joined", "left"]
+    """An expert: there is room for its worker; its worker has come; no request needs it."""
     connection: Connection | None = None
     """What the worker of a new expert needs to connect."""
+
+
+class _Numbered(msgspec.Struct):
+    """All that has to be known of a message to answer it."""
+
+    id: int
 
 
 FromClient = Request | Abort | AskTimings | AddModel | RemoveModel | Gone | Stop
@@ -290,25 +302,46 @@ class Hub:
         identity, *frames = self._socket.recv_multipart(copy=False)
         sender = self._workers.get(identity.bytes)
         if sender is None:
-            # A message that is none of a client's kinds can only be a bug: it is not obeyed.
-            with contextlib.suppress(msgspec.MsgspecError):
-                message = _from_client.decode(frames[0].buffer)
-                self._inbox.append((identity.bytes.decode(), message))
+            client, data = identity.bytes.decode(errors="replace"), frames[0].bytes
+            try:
+                self._inbox.append((client, _from_client.decode(data)))
+            except msgspec.MsgspecError as error:
+                self._refuse(client, data, error)
             return None
-        header = frames[0].buffer
-        if bytes(header[:4]) == Logits.MAGIC:
-            shared = self._memory[sender][1] if len(frames) == 1 else None
-            data = memoryview(shared)[NONCE:] if shared else frames[1].buffer
-            return sender, Logits.from_bytes(header, data)
-        message_ = _from_worker.decode(header)
-        if isinstance(message_, Failed):
-            return sender, message_
+        try:
+            message = self._read(sender, frames)
+        except (ValueError, LookupError) as error:  # msgspec's errors are of the former
+            log.error("a message of the worker of %r cannot be read: %s", sender, error)
+            # Its next ones would be no better: another process takes its place.
+            if sender in self._hellos and sender not in self._lost:
+                self._lose(sender, "died")
+            return None
+        if not isinstance(message, Hello):
+            return sender, message
         if sender in self._hellos and sender not in self._lost:
             self._changes.append((sender, Lost("died")))
-        self._hellos[sender] = message_
+        self._hellos[sender] = message
         self._lost.discard(sender)
         self._changes.append((sender, Ready()))
         return None
+
+    def _read(self, sender: str, frames: Sequence[zmq.Frame]) -> Logits | Failed | Hello:
+        """Raises `ValueError` or `LookupError` where a worker's message is none."""
+        header = frames[0].buffer
+        if bytes(header[:4]) != Logits.MAGIC:
+            message: Hello | Failed = _from_worker.decode(header)
+            return message
+        shared = self._memory[sender][1] if len(frames) == 1 else None
+        return Logits.from_bytes(header, memoryview(shared)[NONCE:] if shared else frames[1].buffer)
+
+    def _refuse(self, client: str, data: bytes, error: Exception) -> None:
+        """Does not obey what is none of a client's messages, which can only be a bug; whoever waits
+        for an answer to it gets one."""
+        log.error("a message of %s cannot be read: %s", client, error)
+        with contextlib.suppress(msgspec.MsgspecError):
+            id = msgspec.msgpack.decode(data, type=_Numbered).id
+            why = f"the coordinator cannot read the request: {error}"
+            self.publish(client, Chunks((Chunk(id=id, finish_reason="error", error=why),)))
 
     def _memory_of(self, worker: str) -> Memory | None:
         if not HAS_MEMORY:
@@ -394,15 +427,21 @@ def _open(memory: Memory) -> mmap.mmap | None:
 class ClientLink:
     """A client's end. `send` may be called from any thread; chunks come on a thread of the link."""
 
-    def __init__(self, connection: Connection, deliver: Callable[[ToClient], None]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        deliver: Callable[[ToClient], None],
+        died: Callable[[Exception], None],
+    ) -> None:
+        """`died` is called, once, where an exception has ended the thread: nothing more comes."""
         identity = f"client:{secrets.token_hex(8)}"
         self._socket = connection.connect(identity)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # A ZeroMQ socket belongs to one thread; the others wake it through this pair.
-        self._wake_in, wake_out = _pair(f"inproc://{identity}")
+        self._wake_in, self._wake_out = _pair(f"inproc://{identity}")
         self._lock = threading.Lock()
         self._thread = threading.Thread(
-            target=self._loop, args=(wake_out, deliver), name="dlf-client", daemon=True
+            target=self._run, args=(deliver, died), name="dlf-client", daemon=True
         )
         self._thread.start()
 
@@ -412,25 +451,32 @@ class ClientLink:
     def close(self) -> None:
         self._put(None)
         self._thread.join()
-        self._wake_in.close()
+        # Not by the thread: to send to a pair whose other end has gone would wait for ever.
+        for sock in (self._socket, self._wake_out, self._wake_in):
+            sock.close()
 
     def _put(self, data: bytes | None) -> None:
         self._outbox.put(data)
         with self._lock:
             self._wake_in.send(b"")
 
-    def _loop(self, wake: zmq.Socket[bytes], deliver: Callable[[ToClient], None]) -> None:
+    def _run(self, deliver: Callable[[ToClient], None], died: Callable[[Exception], None]) -> None:
+        try:
+            self._loop(deliver)
+        except Exception as error:
+            log.exception("the link to the coordinator has died")
+            died(error)
+
+    def _loop(self, deliver: Callable[[ToClient], None]) -> None:
         poller = zmq.Poller()
-        poller.register(wake, zmq.POLLIN)
+        poller.register(self._wake_out, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
         while True:
             for sock, _ in poller.poll():
-                if sock is wake:
-                    wake.recv()
+                if sock is self._wake_out:
+                    self._wake_out.recv()
                     data = self._outbox.get()
                     if data is None:
-                        wake.close()
-                        self._socket.close()
                         return
                     self._socket.send(data)
                 else:
@@ -440,6 +486,7 @@ class ClientLink:
 def _pair(address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     one, other = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    one.sndhwm = other.rcvhwm = 0  # who wakes never waits, least of all the thread that is woken
     one.bind(address)
     other.connect(address)
     return one, other

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import ray
 from conftest import family_of
+from processes import PATIENCE_S, settled
 from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
-from test_ends import groups, settled
 
 from dlf_ray import Engine, EngineError, capacity, placement
 from dlf_ray.capacity import Capacity, Need, Node, fits, limits, matches
@@ -67,9 +67,9 @@ def test_nodes_that_may_come_count_up_to_their_limits():
 
 def test_what_would_take_for_ever_to_find_out_is_not_refused():
     wanted = [need(3 + i / 100) for i in range(40)]
-    began = time.monotonic()
+    began = time.process_time()
     assert fits(wanted, Capacity([node(10 + i / 100) for i in range(13)]), "PACK")
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,13 @@ def test_bundles_say_all_that_a_family_file_asks_for(folder):
     ],
 )
 def test_what_no_node_has_is_refused_at_once(folder, options, words):
-    began = time.monotonic()
+    before = set(ray.util.placement_group_table())
     with pytest.raises(ValueError, match=words) as caught:
         Engine(changed(family_of(folder, experts=("math",)), **options))
-    assert time.monotonic() - began < 5
+    assert set(ray.util.placement_group_table()) == before  # no room was asked for
     if "A1000" not in str(caught.value):
         for line in ("coordinator: 0.1 CPU", "math: 0.1 CPU", "1 with 4 CPU"):
             assert f"\n  {line}" in str(caught.value)
-    assert not groups()
 
 
 def test_what_is_needed_is_said_before_anything_starts(ray_cluster, folder, caplog):
@@ -172,7 +171,7 @@ def hog(ray_cluster):
             return True
 
     actor = Hog.remote()
-    ray.get(actor.ready.remote(), timeout=30)
+    ray.get(actor.ready.remote(), timeout=PATIENCE_S)
     yield
     ray.kill(actor)
 
@@ -223,4 +222,4 @@ def test_nodes_on_their_way_are_told_by_either_autoscaler(ray_cluster, monkeypat
 def test_the_head_is_asked_from_other_nodes_too(ray_cluster):
     """The look at the head's processes, as a task there: this cluster's starts no nodes."""
     look = ray.remote(num_cpus=0)(capacity.autoscaler_config)
-    assert ray.get(look.remote(), timeout=60) is None
+    assert ray.get(look.remote(), timeout=PATIENCE_S) is None

@@ -305,7 +305,7 @@ def test_workers_come_and_go(hub):
 
 def test_requests_reach_the_coordinator_and_chunks_come_back(hub):
     news = queue.SimpleQueue()
-    link = ClientLink(hub.connection(), news.put)
+    link = ClientLink(hub.connection(), news.put, pytest.fail)
     link.send(REQUEST)
     link.send(Abort(9))
     received = []
@@ -320,7 +320,7 @@ def test_requests_reach_the_coordinator_and_chunks_come_back(hub):
 
 
 def test_requests_that_arrive_during_a_step_are_kept(hub):
-    link = ClientLink(hub.connection(), lambda _: None)
+    link = ClientLink(hub.connection(), lambda _: None, pytest.fail)
 
     def answer(worker, p):
         link.send(REQUEST)
@@ -344,7 +344,7 @@ def test_a_message_that_is_none_of_ours_is_not_obeyed(hub):
     for bad in (b"", b"\xc1garbage", b"\x80\x04pickle", b"\x81\xa4type\xa7Request"):
         sock.send(bad)
     assert not list(hub.requests(wait_s=0.5))
-    link = ClientLink(hub.connection(), lambda _: None)
+    link = ClientLink(hub.connection(), lambda _: None, pytest.fail)
     link.send(Abort(1))
     assert [message for _, message in hub.requests(wait_s=20)] == [Abort(1)]
     link.close()
