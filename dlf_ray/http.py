@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from importlib.metadata import version
@@ -26,8 +27,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dlf_ray.experts import want
+from dlf_ray.experts import changes, overall, want
 from dlf_ray.openai import (
+    MAX_NAME,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -40,8 +42,13 @@ from dlf_ray.openai import (
 from dlf_ray.replica import STREAM_END, Body, event, to_json
 
 READY_TIMEOUT_S = 2.0
+READY_EVERY_S = 1.0
+"""So often, at most, all families are asked whether they are ready: anybody may ask for that."""
+EXPERTS_TIMEOUT_S = 10.0
 OPEN_PATHS = ("/", "/health", "/ready")
 """What needs no API key."""
+LEFT = 499
+"""The status in the log of a request whose client did not wait for the end of its answer."""
 log = logging.getLogger("ray.serve")
 
 
@@ -57,6 +64,8 @@ class Router:
         self.timeout_s = timeout_s
         self.updates = updates
         self.created = int(time.time())
+        self._ready: asyncio.Future[bool] | None = None
+        self._asked = 0.0
 
     async def answer(self, request: Request, body: Body | None, model: str | None) -> Response:
         """The family's answer, streamed if that was asked for."""
@@ -111,13 +120,23 @@ class Router:
             yield Problem(
                 504, f"no end within {self.timeout_s:g} s; try again later, or ask for fewer tokens"
             )
-        except (RayServeException, ray.exceptions.RayActorError) as error:
+        except ray.exceptions.RayTaskError:
+            raise  # not a replica that is away, but a mistake in one
+        except (RayServeException, ray.exceptions.RayError) as error:
             record["error"] = type(error).__name__
             yield Problem(503, "the model has no room or is restarting; try again later")
         finally:
             stream.cancel()
 
     async def is_ready(self) -> bool:
+        """Whether all families answer, as of a second ago."""
+        now = asyncio.get_running_loop().time()
+        if self._ready is None or (self._ready.done() and now > self._asked + READY_EVERY_S):
+            self._asked = now
+            self._ready = asyncio.ensure_future(self._all_ready())
+        return await asyncio.shield(self._ready)  # it is not one caller's alone
+
+    async def _all_ready(self) -> bool:
         async def asked(handle: DeploymentHandle[Any]) -> bool:
             try:
                 return bool(await asyncio.wait_for(handle.ready.remote(), READY_TIMEOUT_S))
@@ -127,13 +146,19 @@ class Router:
         return all(await asyncio.gather(*map(asked, self.families.values())))
 
     async def experts(self, model: str | None) -> Json | Problem:
-        """The experts of a model's family, as one of its replicas has them."""
+        """The experts of a model's family, with their states in all of its replicas."""
         if model is None and len(self.families) == 1:
             model = next(iter(self.models))
         if model is None or model not in self.models:
             return self._unknown(model)
-        states = await self.models[model].experts.remote()
-        data = [{"id": n, "object": "expert", "state": state} for n, state in states.items()]
+        handle = self.models[model]
+        asked: Any = handle.broadcast("experts")
+        try:
+            reports = await asked.results_async(timeout_s=EXPERTS_TIMEOUT_S)
+        except (TimeoutError, RayServeException, ray.exceptions.RayError):
+            return Problem(503, "not all replicas of the model answer; try again later")
+        noted = await asyncio.to_thread(changes, _noted_as(handle))
+        data = [{"id": n, "object": "expert", **each} for n, each in overall(noted, reports)]
         return {"object": "list", "model": model, "data": data}
 
     async def update(self, model: str | None, name: str, expert: Json | None) -> Json | Problem:
@@ -143,14 +168,14 @@ class Router:
         known = await self.experts(model)
         if isinstance(known, Problem):
             return known
-        there = [each["id"] for each in known["data"] if each["state"] == "ready"]
-        if expert is not None and name in there:
+        states = {each["id"]: each["state"] for each in known["data"]}
+        if expert is not None and states.get(name) == "ready":
             return Problem(409, f"there is an expert {name!r} already", "name")
-        if expert is None and name not in there:
-            return Problem(404, f"there is no expert {name!r}; there are {there}")
-        family = self.models[known["model"]].deployment_id
+        if expert is None and name not in states:
+            return Problem(404, f"there is no expert {name!r}; there are {list(states)}")
         try:
-            want(f"{family.app_name}#{family.name}", name, expert)
+            family = _noted_as(self.models[known["model"]])
+            await asyncio.to_thread(want, family, name, expert)
         except ValueError as error:
             return Problem.invalid(error)
         return {"id": name, "object": "expert", "state": "changing"}
@@ -158,6 +183,11 @@ class Router:
     def listing(self) -> Json:
         entry = {"object": "model", "created": self.created, "owned_by": "dlf_ray"}
         return {"object": "list", "data": [{"id": name, **entry} for name in self.models]}
+
+
+def _noted_as(handle: DeploymentHandle[Any]) -> str:
+    """The name under which changes of a family's experts are noted."""
+    return f"{handle.deployment_id.app_name}#{handle.deployment_id.name}"
 
 
 async def _events(
@@ -268,6 +298,50 @@ def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
     return app
 
 
+class Connection:
+    """The client's end of one request: how much it sends, whether it stays for the answer."""
+
+    def __init__(self, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max = max_body_bytes
+        self._read = 0
+        self._answered = False
+        self._status = LEFT
+        self.left = False
+        """It went away before its answer was complete."""
+
+    @property
+    def status(self) -> int:
+        """Of the answer, if the client got all of it."""
+        return self._status if self._answered else LEFT
+
+    @status.setter
+    def status(self, status: int) -> None:
+        self._status, self._answered = status, True
+
+    async def receive(self) -> Message:
+        """Raises `HTTPException` 413 where the body is too large, whatever its header says."""
+        message: Message = {"type": "http.disconnect"}
+        try:
+            message = await self._receive()
+        except Exception as error:  # Serve could not ask the proxy any more: as good as that
+            log.debug("the connection of a client ended: %r", error)
+        if message["type"] == "http.disconnect":
+            self.left = self.left or not self._answered
+        self._read += len(message.get("body", b""))
+        if self._read > self._max:
+            raise StarletteHTTPException(413)
+        return message
+
+    async def send(self, message: Message) -> None:
+        await self._send(message)
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        elif not message.get("more_body", False):
+            self._answered = not self.left
+
+
 class Guard:
     """Around everything else: API keys, the size limit, one line in the log for each request."""
 
@@ -284,46 +358,42 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        id = Headers(scope=scope)["x-request-id"]  # the client's, or one that Serve has given
-        record: Json = {"id": id, "began": time.perf_counter(), "status": 499}
+        headers = Headers(scope=scope)
+        # The client's, or one that Serve has given; another front may give none.
+        id = headers.get("x-request-id") or uuid.uuid4().hex
+        record: Json = {"id": id[:MAX_NAME], "began": time.perf_counter()}
         scope.setdefault("state", {})["record"] = record
-
-        async def sent(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                record["status"] = message["status"]
-            await send(message)
-
-        # Nothing is read of a body that says it is too large; others may grow until they are.
-        length = Headers(scope=scope).get("content-length", "0")
-        read = int(length) if length.isdecimal() else 0
-
-        async def received() -> Message:
-            nonlocal read
-            message: Message = {"type": "http.disconnect"}
-            if read <= self.max_body_bytes:
-                message = await receive()
-                read += len(message.get("body", b"")) if length == "0" else 0
-            if read > self.max_body_bytes:
-                raise StarletteHTTPException(413)
-            return message
-
+        connection = Connection(receive, send, self.max_body_bytes)
         try:
-            if self._allowed(scope):
-                await self.app(scope, received, sent)
+            if problem := self._refused(scope, headers, id):
+                await refusal(problem)(scope, receive, connection.send)
             else:
-                problem = Problem(401, "no valid API key: send `Authorization: Bearer KEY`")
-                await refusal(problem)(scope, receive, sent)
+                await self.app(scope, connection.receive, connection.send)
         except Exception:
-            # The client has its answer, from the application's handler or cut off.
-            log.exception("request %s failed", id)
-            record["status"] = 500
+            # The client has its answer, from the application's handler or cut off; or it has left.
+            if not connection.left:
+                log.exception("request %s failed", record["id"])
+                connection.status = 500
         finally:
+            record["status"] = connection.status
             seconds = time.perf_counter() - record.pop("began")
             known = {name: value for name, value in record.items() if value is not None}
             place = {"method": scope["method"], "path": scope["path"]}
             self.log.info(
                 json.dumps({"time": time.time(), **place, **known, "seconds": round(seconds, 4)})
             )
+
+    def _refused(self, scope: Scope, headers: Headers, id: str) -> Problem | None:
+        """Why a request gets no further, by its headers alone."""
+        if not self._allowed(scope):
+            return Problem(401, "no valid API key: send `Authorization: Bearer KEY`")
+        if len(id) > MAX_NAME:
+            return Problem(400, f"`X-Request-Id` is longer than {MAX_NAME} characters")
+        length = headers.get("content-length", "")
+        # Compared as text as well: Python makes no number of thousands of digits.
+        if length.isdecimal() and (len(length) > 18 or int(length) > self.max_body_bytes):
+            return Problem(413, f"the body is larger than {self.max_body_bytes} bytes")
+        return None
 
     def _allowed(self, scope: Scope) -> bool:
         if not self.keys or scope["path"].removeprefix(scope["root_path"]) in OPEN_PATHS:

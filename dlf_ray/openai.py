@@ -12,22 +12,64 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from dlf_ray.config import Rule, Select
 from dlf_ray.frontend import FusionOptions, Output
-from dlf_ray.messages import MAX_LOGPROBS, SamplingParams
+from dlf_ray.messages import (
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+    MAX_WEIGHT,
+    SamplingParams,
+)
 from dlf_ray.metrics import Span, chrome_trace
 
 LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot write; the number is vLLM's."""
 GREEDY = 1e-5
 """Temperatures below it are taken for 0, as in vLLM: logits divided by them would overflow."""
+MAX_PROMPTS = 2048
+"""Prompts, messages, or parts of a message in one request."""
+MAX_NAMES = 256
+"""Models that a request says something about."""
+MAX_NAME = 256
+"""Characters of what is only looked up, or only logged."""
 Json: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
+def _at_most(count: int) -> Any:
+    """A limit to a list or mapping, checked before what is in it: errors of a million entries would
+    keep the server busy for a minute."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"has {len(value)} entries; at most {count} are taken")
+        return value
+
+    return BeforeValidator(check)
+
+
+# The first wrong entry is as good as all of them, see `_at_most`.
+Listed: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+Some: TypeAlias = Annotated[Listed[T], _at_most(MAX_PROMPTS), Field(max_length=MAX_PROMPTS)]
+ByName: TypeAlias = Annotated[dict[Name, T], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
 
 
 def _whole_text(text: str) -> str:
@@ -37,8 +79,9 @@ def _whole_text(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole_text)]
-Prompt: TypeAlias = Text | list[int]
-Prompts: TypeAlias = Text | list[Text] | list[int] | list[list[int]]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Prompt: TypeAlias = Text | Listed[int]
+Prompts: TypeAlias = Text | Some[Text] | Listed[int] | Some[Listed[int]]
 
 
 class Wire(BaseModel):
@@ -49,9 +92,12 @@ class Wire(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
+        if not isinstance(data, Mapping):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        # One field that there is not is enough to be told of.
+        return {n: value for n, value in given.items() if n in cls.model_fields or n == unknown}
 
 
 class FusionSettings(Wire):
@@ -59,13 +105,13 @@ class FusionSettings(Wire):
 
     rule: Rule | None = None
     select: Select | None = None
-    step: float | None = None
-    experts: list[str] | None = None
+    step: Annotated[float, Field(gt=0, le=2)] | None = None
+    experts: Annotated[list[Name], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)] | None = None
     """Those that take part; `[]` for the large model alone."""
-    weights: dict[str, float] | None = None
+    weights: ByName[Weight] | None = None
     """With rule static."""
-    bounds: dict[str, Annotated[tuple[float, float], Field(strict=False)]] | None = None
-    alone: str | None = None
+    bounds: ByName[Annotated[tuple[Weight, Weight], Field(strict=False)]] | None = None
+    alone: Name | None = None
     """One model of the family by itself, unfused."""
 
     def options(self, default: FusionSettings | None = None) -> FusionOptions:
@@ -102,30 +148,39 @@ class TextFormat(Wire):
 class Generate(Wire):
     """What completions and chat completions have in common."""
 
-    model: str | None = None
+    model: Name | None = None
     """May be absent where only one is served."""
     n: Annotated[int, Field(ge=1, le=128)] = 1
     """So many answers to each prompt; answer k draws with `seed` + k."""
     best_of: int | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
     """0 or -1: all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Text | list[Text] = []
-    stop_token_ids: list[Count] = []
+    stop: Stop | Annotated[list[Stop], _at_most(MAX_STOPS), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[
+        list[Count], _at_most(MAX_STOP_TOKENS), Field(max_length=MAX_STOP_TOKENS)
+    ] = []
     ignore_eos: bool = False
     min_tokens: Count = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] = {}
+    logit_bias: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ],
+        _at_most(MAX_BIASES),
+        Field(max_length=MAX_BIASES),
+    ] = {}
     """Token ids, as strings."""
     response_format: TextFormat | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
+    user: Name | None = None
     """Goes to the log."""
     fusion: FusionRequest = FusionRequest()
 
@@ -159,7 +214,7 @@ class Generate(Wire):
 
 class CompletionRequest(Generate):
     prompt: Prompts | None = None
-    prompts: dict[str, Prompt] | None = None
+    prompts: ByName[Prompt] | None = None
     """Prompts of single models of the family; those not named take `prompt`, or the large one's."""
     max_tokens: Count = 16
     echo: bool = False
@@ -174,6 +229,8 @@ class CompletionRequest(Generate):
             raise ValueError("`prompts` are for a single request; give one `prompt` beside them")
         if not self.max_tokens and not self.echo:
             raise ValueError("`max_tokens` 0 asks for nothing without `echo`")
+        if self.fusion.trace and self.sequences > 1:
+            raise ValueError("`fusion.trace` is of a single answer; ask for one prompt with `n` 1")
         return self
 
     @property
@@ -181,11 +238,15 @@ class CompletionRequest(Generate):
         """How many the engine has to decode."""
         return self.n * (len(listed(self.prompt)) if self.prompt else 1)
 
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """Everything that is to be tokenized, each with the name of its field."""
+        own = [("prompts", each) for each in (self.prompts or {}).values()]
+        return [("prompt", each) for each in listed(self.prompt or [])] + own
+
     def sampling(self, context: int) -> SamplingParams:
         """Raises `ValueError` with the field's name. `context` bounds what can be generated."""
-        # A prompt that is only echoed is scored all the same: the engine has to do something.
-        echoed = self.logprobs if self.max_tokens else self.logprobs or 0
-        echoed = echoed if self.echo else None
+        echoed = self.logprobs if self.echo else None
         most = min(self.max_tokens, context)
         return self._sampling(most, logprobs=self.logprobs, prompt_logprobs=echoed)
 
@@ -197,7 +258,7 @@ class TextPart(Wire):
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Some[TextPart]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -206,7 +267,7 @@ class Message(Wire):
 
 
 class ChatRequest(Generate):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Some[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     """The new name of `max_tokens`; without either, up to the context."""
@@ -221,11 +282,18 @@ class ChatRequest(Generate):
             raise ValueError("`max_completion_tokens` is the new name of `max_tokens`; give one")
         if 0 in (self.max_tokens, self.max_completion_tokens):
             raise ValueError("`max_tokens` must be at least 1")
+        if self.fusion.trace and self.n > 1:
+            raise ValueError("`fusion.trace` is of a single answer; ask for `n` 1")
         return self
 
     @property
     def sequences(self) -> int:
         return self.n
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`: a template makes one text of all messages."""
+        return [("messages", "".join(each.plain()["content"] for each in self.messages))]
 
     def sampling(self, context: int) -> SamplingParams:
         """See `CompletionRequest.sampling`."""
@@ -236,7 +304,7 @@ class ChatRequest(Generate):
 class ScoreRequest(Wire):
     """How probable continuations are: one of each prompt, or several of a single prompt."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: Prompts
     continuation: Prompts
     """Text where the prompt is text, token ids where it is token ids."""
@@ -250,6 +318,12 @@ class ScoreRequest(Wire):
     @property
     def sequences(self) -> int:
         return len(self.pairs())
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        prompts = [("prompt", each) for each in listed(self.prompt)]
+        return prompts + [("continuation", each) for each in listed(self.continuation)]
 
     def pairs(self) -> list[tuple[Prompt, Prompt]]:
         """Each prompt with its continuation. Raises `ValueError` where they do not pair up."""
@@ -270,22 +344,32 @@ class ScoreRequest(Wire):
 
 
 class TokenizeRequest(Wire):
-    model: str | None = None
+    model: Name | None = None
     prompt: Text
     add_special_tokens: bool = True
 
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        return [("prompt", self.prompt)]
+
 
 class DetokenizeRequest(Wire):
-    model: str | None = None
-    tokens: list[int]
+    model: Name | None = None
+    tokens: Listed[int]
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        return [("tokens", self.tokens)]
 
 
 class ExpertRequest(Wire):
     """An expert that is to join a family."""
 
-    model: str | None = None
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    expert: dict[str, Any]
+    model: Name | None = None
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=MAX_NAME)]
+    expert: Annotated[dict[str, Any], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
     """As in a family file: `model`, `num_gpus`, `bounds`, ..."""
 
 
@@ -328,7 +412,7 @@ class Problem:
     @classmethod
     def invalid(cls, error: ValueError) -> Problem:
         """From a message that names the field in backticks, if it is about one."""
-        named = re.search(r"`(\w+)`", str(error))
+        named = re.search(r"`([\w.]+)`", str(error))
         return cls(400, str(error), param=named and named[1])
 
     @classmethod

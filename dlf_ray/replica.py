@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dlf_ray.config import LARGE
 from dlf_ray.engine import Engine
-from dlf_ray.frontend import EngineError, Output, Prompts
+from dlf_ray.frontend import EngineError, FusionOptions, Output, Prompts, resolve
 from dlf_ray.messages import SamplingParams
 from dlf_ray.openai import (
     Answer,
@@ -30,6 +30,7 @@ from dlf_ray.openai import (
     FusionSettings,
     Json,
     Problem,
+    Prompt,
     ScoreRequest,
     TokenizeRequest,
     finite,
@@ -39,6 +40,8 @@ from dlf_ray.openai import (
 )
 
 STREAM_END = b"data: [DONE]\n\n"
+SHORT = 2**15
+"""Characters, or tokens, that are tokenized, or read, in a few milliseconds."""
 log = logging.getLogger("ray.serve")
 to_json = msgspec.json.encode
 T = TypeVar("T")
@@ -73,11 +76,33 @@ class Replica:
         self.context = max(self.engine.limits.lengths.values())
         self.sequences = 0
         """That run or wait now."""
-        self._tokenizing = ThreadPoolExecutor(1)  # tokenizers are not made for several threads
+        tokenizer = engine.tokenizer
+        self.longest = self.context * max(map(len, tokenizer.get_vocab()))
+        """The most characters that the tokens of a context read."""
+        # Those written in Rust let go of Python's lock, and change nothing in themselves once they
+        # have left off what their file says of padding and cutting. None is made for more than one
+        # thread else.
+        tokenizer.encode("")
+        self._brief = ThreadPoolExecutor(2 if tokenizer.is_fast else 1)
+        self._lengthy = ThreadPoolExecutor(1) if tokenizer.is_fast else self._brief
 
-    async def _aside(self, function: Callable[..., T], *args: object) -> T:
-        """Runs what may take long beside the loop, one after the other."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *args)
+    async def _aside(self, size: int, function: Callable[..., T], *args: object) -> T:
+        """Runs a function beside the loop whose time grows with `size`: what is short does not wait
+        for what is long, and what is long waits for one piece of each other request at most."""
+        pool = self._brief if size <= SHORT else self._lengthy
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+    def _check_sizes(self, texts: Iterable[tuple[str, str | Sequence[int]]]) -> None:
+        """Raises `ValueError` where a text is too long for any model, before it is tokenized."""
+        for field, text in texts:
+            unit, most = (
+                ("characters", self.longest) if isinstance(text, str) else ("tokens", self.context)
+            )
+            if len(text) > most:
+                raise ValueError(
+                    f"`{field}` has {len(text)} {unit}; at most {most} are taken, since the models "
+                    f"take {self.context} tokens"
+                )
 
     async def answer(self, model: str, request: Body | None, id: str) -> AsyncGenerator[Item, None]:
         """Answers one request; without any, says what the tokenizer is."""
@@ -99,10 +124,14 @@ class Replica:
     ) -> AsyncGenerator[Item, None]:
         if request is None:
             yield to_json(self._tokenizer_info(model))
-        elif isinstance(request, TokenizeRequest):
-            yield to_json(await self._aside(self._tokenize, request))
+            return
+        self._check_sizes(request.texts)
+        if isinstance(request, TokenizeRequest):
+            yield to_json(await self._aside(len(request.prompt), self._tokenize, request))
         elif isinstance(request, DetokenizeRequest):
-            yield to_json({"prompt": self._read(request.tokens, "tokens")})
+            tokens = request.tokens
+            read = await self._aside(len(tokens), self._read, tokens, "tokens")
+            yield to_json({"prompt": read})
         elif request.sequences > self.capacity:
             raise ValueError(
                 f"the request asks for {request.sequences} sequences, of which the server takes "
@@ -124,11 +153,11 @@ class Replica:
         self, model: str, request: CompletionRequest | ChatRequest, id: str
     ) -> AsyncGenerator[Item, None]:
         start, began = time.time(), time.perf_counter()
-        asked = await self._aside(self._asked, model, request)
+        asked = await self._asked(model, request)
         tokenized = ("replica", "tokenize", start, time.perf_counter() - began)
         asked = [each for each in asked for _ in range(request.n)]
         sampling = request.sampling(self.context)
-        calls = [(each.prompt, seeded(sampling, k % request.n)) for k, each in enumerate(asked)]
+        calls = [(each, seeded(sampling, k % request.n)) for k, each in enumerate(asked)]
         options = request.fusion.options(self.models[model].fusion)
         options["trace"] = request.fusion.trace
         answer = Answer(
@@ -141,36 +170,60 @@ class Replica:
             spans=[tokenized],
         )
         if request.stream:
-            streams = [self.engine.astream(*call, **options) for call in calls]
+            streams = [self._streamed(*call, options) for call in calls]
             async with aclosing(merged(streams)) as news:
                 async for batch in news:
                     chunks = [c for index, piece in batch for c in answer.chunks(index, piece)]
                     yield b"".join(map(event, chunks))
             yield b"".join(map(event, answer.closing())) + STREAM_END
         else:
-            outputs = await together([self.engine.agenerate(*call, **options) for call in calls])
-            yield to_json(answer.whole(outputs))
+            outputs = await together([self._generated(*call, options) for call in calls])
+            entries = sum(map(_entries, outputs))
+            yield await self._aside(entries, lambda: to_json(answer.whole(outputs)))
         yield answer.usage
+
+    async def _generated(
+        self, asked: Asked, sampling: SamplingParams, options: FusionOptions
+    ) -> Output:
+        if self._only_shown(asked, sampling, options):
+            return Output(finish_reason="length")
+        return await self.engine.agenerate(asked.prompt, sampling, **options)
+
+    async def _streamed(
+        self, asked: Asked, sampling: SamplingParams, options: FusionOptions
+    ) -> AsyncGenerator[Output, None]:
+        if self._only_shown(asked, sampling, options):
+            yield Output(finish_reason="length")
+            return
+        stream: Any = self.engine.astream(asked.prompt, sampling, **options)
+        async with aclosing(stream) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _only_shown(self, asked: Asked, sampling: SamplingParams, options: FusionOptions) -> bool:
+        """Whether nothing is to be computed: an echo without scores, or of a single token, which
+        has none. Raises `ValueError` where the engine would not take the options."""
+        scored = sampling.prompt_logprobs is not None and len(asked.ids) > 1
+        if sampling.max_tokens or scored:
+            return False
+        resolve(self.engine.family, options)
+        return True
 
     async def _score(
         self, model: str, request: ScoreRequest, id: str
     ) -> AsyncGenerator[Item, None]:
-        pairs = await self._aside(self._pairs, request)
+        pairs = await self._pairs(request)
         options = request.fusion.options(self.models[model].fusion)
-        sampling = SamplingParams(max_tokens=0, prompt_logprobs=1)
-        outputs = await together(
-            [self.engine.agenerate([*one, *two], sampling, **options) for one, two in pairs]
-        )
+        outputs = await together([self.engine.ascore(*pair, **options) for pair in pairs])
         data = []
         for index, ((_, rest), output) in enumerate(zip(pairs, outputs, strict=True)):
-            logprobs = [finite(each) for each in output.prompt_logprobs[-len(rest) :]]
-            best = [next(iter(top)) for top in output.prompt_top_logprobs[-len(rest) :]]
+            logprobs = [finite(each) for each in output.logprobs]
             data.append(
                 {
                     "index": index,
                     "object": "score",
                     "score": sum(logprobs),
-                    "is_greedy": best == rest,
+                    "is_greedy": all(output.greedy),
                     "token_ids": rest,
                     "tokens": [self._token_text(token) for token in rest],
                     "token_logprobs": logprobs,
@@ -181,22 +234,34 @@ class Replica:
         yield to_json({**answer, "model": model, "data": data, "usage": used})
         yield used
 
-    def _asked(self, model: str, request: CompletionRequest | ChatRequest) -> list[Asked]:
-        """The prompts of a request, tokenized."""
+    async def _asked(self, model: str, request: CompletionRequest | ChatRequest) -> list[Asked]:
+        """The prompts of a request, tokenized one by one."""
         if isinstance(request, ChatRequest):
-            return [self._chat(model, request)]
+            size = sum(len(text) for _, text in request.texts)
+            return [await self._aside(size, self._chat, model, request)]
+
+        async def one(prompt: Prompt, field: str = "prompt") -> Asked:
+            return await self._aside(len(prompt), self._prompt, prompt, field)
+
         if not request.prompts:
-            return [self._prompt(each) for each in listed(request.prompt or [])]
-        own = {name: self._prompt(each, "prompts") for name, each in request.prompts.items()}
+            return [await one(each) for each in listed(request.prompt or [])]
+        there = self.engine.family.models
+        if strange := [name for name in request.prompts if name not in there]:
+            raise ValueError(
+                f"`prompts` names {strange[0]!r}, which the family does not have; it has "
+                f"{list(there)}"
+            )
+        own = {name: await one(each, "prompts") for name, each in request.prompts.items()}
         if request.prompt:
-            shared = self._prompt(listed(request.prompt)[0])
-            own = {**dict.fromkeys(self.engine.family.models, shared), **own}
+            shared = await one(listed(request.prompt)[0])
+            own = {**dict.fromkeys(there, shared), **own}
         shown = own.get(LARGE) or next(iter(own.values()))
         return [Asked({name: each.ids for name, each in own.items()}, shown.ids, shown.text)]
 
-    def _prompt(self, prompt: str | list[int], field: str = "prompt") -> Asked:
+    def _prompt(self, prompt: Prompt, field: str) -> Asked:
         if isinstance(prompt, str):
             ids = self.engine.tokenizer.encode(prompt)
+            self._check_sizes([(field, ids)])
             return Asked(ids, ids, prompt)
         return Asked(prompt, prompt, self._read(prompt, field))
 
@@ -226,6 +291,7 @@ class Replica:
         if not isinstance(template, dict):
             text = rendered(template)
             ids = tokenizer.encode(text, add_special_tokens=False)
+            self._check_sizes([("messages", ids)])
             return Asked(ids, ids, text)
         texts = {name: rendered(each) for name, each in template.items()}
         own = {
@@ -234,20 +300,24 @@ class Replica:
         shown = LARGE if LARGE in own else next(iter(own))
         return Asked(own, own[shown], texts[shown])
 
-    def _pairs(self, request: ScoreRequest) -> list[tuple[list[int], list[int]]]:
+    async def _pairs(self, request: ScoreRequest) -> list[tuple[list[int], list[int]]]:
         """Tokens of each prompt and its continuation."""
         pairs = []
         for prompt, rest in request.pairs():
-            if isinstance(prompt, str) and isinstance(rest, str):
-                one, two = self.engine.tokenize_pair(prompt, rest)
-            else:
-                one, two = list(prompt), list(rest)  # type: ignore[arg-type]
-            if not one or not two:
-                what = "continuation" if one else "prompt"
-                raise ValueError(f"`{what}` has no tokens; give at least one")
-            self._read([*one, *two], "prompt")
-            pairs.append((one, two))
+            pairs.append(await self._aside(len(prompt) + len(rest), self._pair, prompt, rest))
         return pairs
+
+    def _pair(self, prompt: Prompt, rest: Prompt) -> tuple[list[int], list[int]]:
+        if isinstance(prompt, str) and isinstance(rest, str):
+            one, two = self.engine.tokenize_pair(prompt, rest)
+        else:
+            one, two = list(prompt), list(rest)  # type: ignore[arg-type]
+        for field, ids in (("prompt", one), ("continuation", two)):
+            if not ids:
+                raise ValueError(f"`{field}` has no tokens; give at least one")
+            self._check_sizes([(field, ids)])
+            self._check_tokens(ids, field)
+        return one, two
 
     def _tokenizer_info(self, model: str) -> Json:
         tokenizer, template = self.engine.tokenizer, self.models[model].chat_template
@@ -267,12 +337,15 @@ class Replica:
 
     def _read(self, ids: Sequence[int], field: str) -> str:
         """What tokens read. Raises `ValueError` where one is none, naming `field`."""
+        self._check_tokens(ids, field)
+        return str(self.engine.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _check_tokens(self, ids: Sequence[int], field: str) -> None:
         vocab = self.engine.limits.vocab
         if strange := [token for token in ids if not 0 <= token < vocab]:
             raise ValueError(
                 f"`{field}` holds token {strange[0]}, outside the vocabulary of {vocab}"
             )
-        return str(self.engine.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     @functools.cached_property
     def _token_text(self) -> Callable[[int], str]:
@@ -331,9 +404,13 @@ async def together(calls: Iterable[Any]) -> list[Output]:
         outputs = await asyncio.gather(*tasks)
     finally:
         await _cancelled(tasks)
-    if failed := next((output.error for output in outputs if output.error), None):
-        raise RuntimeError(failed)
-    return outputs
+    return [output.checked() for output in outputs]
+
+
+def _entries(output: Output) -> int:
+    """How much there is to write of an output."""
+    tops = (*output.top_logprobs, *output.prompt_top_logprobs)
+    return len(output.token_ids) + len(output.prompt_logprobs) + sum(map(len, tops))
 
 
 async def _cancelled(tasks: Sequence[asyncio.Future[Any]]) -> None:

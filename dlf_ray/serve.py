@@ -8,6 +8,7 @@ Serve, which cancels the ingress' task and with it the replica's; that frees the
 # No `from __future__ import annotations`: Serve validates an application's arguments by the class
 # that its builder is annotated with.
 
+import hashlib
 import logging
 import os
 import re
@@ -27,11 +28,11 @@ from starlette.types import ASGIApp
 
 from dlf_ray.config import Family
 from dlf_ray.engine import Engine
-from dlf_ray.experts import Follower
+from dlf_ray.experts import Follower, Report
 from dlf_ray.frontend import EngineError, resolve
 from dlf_ray.http import Guard, Router, digest, http_app
 from dlf_ray.openai import Json
-from dlf_ray.placement import check_cluster, label_selectors, needs, resources
+from dlf_ray.placement import check_cluster, label_selectors, needs, resources, settled
 from dlf_ray.replica import Model, Replica
 from dlf_ray.worker import ModelWorker
 
@@ -80,22 +81,43 @@ def application(settings: Settings, worker: type[ModelWorker] = ModelWorker) -> 
     """See `build_app`; `worker` is what every model's actor runs."""
     shared: dict[str, dict[str, Model]] = {}
     for name, model in settings.families.items():
-        shared.setdefault(str(Path(model.family).resolve()), {})[name] = model
+        shared.setdefault(_path(model), {})[name] = model
     handles: dict[str, Any] = {}
-    for number, (path, models) in enumerate(shared.items()):
-        family = Family.from_yaml(path)
+    families = _families(settings)
+    for path, models in shared.items():
+        family = families[path]
         for name, model in models.items():
             try:
                 resolve(family, model.fusion.options())
             except ValueError as error:
                 raise ValueError(f"model {name!r}: {error}") from None
             models[name] = model.model_copy(update={"chat_template": _template(model)})
-        own = _family_deployment(f"family-{number}-{_plain(Path(path).stem)}", family, settings)
+        own = _family_deployment(_deployment_name(path), family, settings)
         bound = own.bind(family, models, settings.max_queued, worker)
         handles |= dict.fromkeys(models, bound)
     # In the order of the settings: the first one answers where a request names none.
     ordered = {name: handles[name] for name in settings.families}
-    return Ingress.bind(ordered, settings, _key_digests(os.environ.get(KEYS)))  # type: ignore[attr-defined, no-any-return]
+    # Requests wait here for a family that is being replaced, which takes as long as it loads; where
+    # the ingress is replaced too, the old one has to stay for them.
+    ingress: Any = Ingress.options(graceful_shutdown_timeout_s=settings.request_timeout_s)  # type: ignore[attr-defined]
+    made: Application = ingress.bind(ordered, settings, _key_digests(os.environ.get(KEYS)))
+    return made
+
+
+def _families(settings: Settings) -> dict[str, Family]:
+    """The families by the paths of their files, each with what it takes of the cluster, if that is
+    known here, beside the ingress and the other replicas."""
+    paths = dict.fromkeys(map(_path, settings.families.values()))
+    families = {path: Family.from_yaml(path) for path in paths}
+    if not ray.is_initialized():
+        return families
+    scaling = settings.autoscaling_config
+    copies = len(families) * (scaling.max_replicas if scaling else 1)
+    return {path: settled(each, copies, 2 * FRONT_CPUS) for path, each in families.items()}
+
+
+def _path(model: Model) -> str:
+    return str(Path(model.family).resolve())
 
 
 def _family_deployment(name: str, family: Family, settings: Settings) -> serve.Deployment:
@@ -122,8 +144,11 @@ def _family_deployment(name: str, family: Family, settings: Settings) -> serve.D
     return made
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w-]", "_", name)
+def _deployment_name(path: str) -> str:
+    """By the file alone, so that a family stays what it is where others come or go."""
+    digest = hashlib.sha256(path.encode()).hexdigest()[:8]
+    plain = re.sub(r"[^\w-]", "_", Path(path).stem)
+    return f"family-{plain}-{digest}"
 
 
 def _template(model: Model) -> str | dict[str, str] | None:
@@ -161,20 +186,20 @@ class FamilyServer(Replica):
         engine = Engine(family, worker=worker, group=group, model_name=next(iter(models)))
         super().__init__(engine, models, max_queued)
         here = serve.get_replica_context()
-        self.follower = Follower(engine, f"{here.app_name}#{here.deployment}")
+        self.follower = Follower(engine, f"{here.app_name}#{here.deployment}", here.replica_tag)
+        self.follower.start()
 
-    def experts(self) -> dict[str, str]:
-        """The state of each expert."""
-        return self.follower.states()
+    def experts(self) -> Report:
+        """The state of each expert in this replica."""
+        return self.follower.report
 
     def __del__(self) -> None:
         if engine := getattr(self, "engine", None):  # none if it did not start
             engine.close()
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine has failed."""
-        if self.engine.failure:
-            raise self.engine.failure
+        """Serve replaces a replica whose engine has failed, or does not answer."""
+        self.engine.check_health()
 
     async def ready(self) -> bool:
         """A replica that can say so is."""
@@ -216,8 +241,7 @@ def run_server(settings: Settings, host: str, port: int, say: Callable[[str], No
             ray.init(logging_level=logging.WARNING, include_dashboard=False)
         # Only now, since Ray sets a handler of its own, which aborts after three seconds.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        for model in settings.families.values():
-            family = Family.from_yaml(model.family)
+        for family in _families(settings).values():
             check_cluster(needs(family), family.engine.placement_strategy)
         app = build_app(settings)
         if serve.status().proxies:

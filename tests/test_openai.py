@@ -11,9 +11,12 @@ from dlf_ray.openai import (
     Answer,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    ExpertRequest,
     FusionSettings,
     Problem,
     ScoreRequest,
+    TokenizeRequest,
     Tokens,
     chat_logprobs,
     completion_logprobs,
@@ -62,6 +65,34 @@ def test_null_is_absent():
         ({"stop": ["\udfff"]}, "stop", "surrogate"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
         ({"logit_bias": {"one": 1.0}}, "logit_bias.one.[key]", "pattern"),
+        ({"model": "m" * 257}, "model", "256"),
+        ({"user": "m" * 257}, "user", "256"),
+        ({"prompt": ["x"] * 2049}, "prompt", "2048"),
+        ({"prompt": [[5]] * 2049}, "prompt", "2048"),
+        ({"prompts": {str(k): "x" for k in range(257)}}, "prompts", "256"),
+        ({"stop": ["x"] * 65}, "stop", "64"),
+        ({"stop": "x" * 1025}, "stop", "1024"),
+        ({"stop": ["x" * 1025]}, "stop", "1024"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "1024"),
+        ({"logit_bias": {str(k): 1.0 for k in range(1025)}}, "logit_bias", "1024"),
+        ({"logit_bias": {"1": 101.0}}, "logit_bias.1", "100"),
+        ({"n": 129}, "n", "128"),
+        ({"seed": 2**63}, "seed", str(2**63)),
+        ({"temperature": 101}, "temperature", "100"),
+        ({"top_p": 1.1}, "top_p", "1"),
+        ({"top_k": -2}, "top_k", "-1"),
+        ({"min_p": -0.1}, "min_p", "0"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "2"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", "-2"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "0.01"),
+        ({"fusion": {"step": 0}}, "fusion.step", "0"),
+        ({"fusion": {"step": 2.1}}, "fusion.step", "2"),
+        ({"fusion": {"experts": ["m"] * 257}}, "fusion.experts", "256"),
+        ({"fusion": {"experts": ["m" * 257]}}, "fusion.experts.0", "256"),
+        ({"fusion": {"alone": "m" * 257}}, "fusion.alone", "256"),
+        ({"fusion": {"weights": {"math": 100.1}}}, "fusion.weights.math", "100"),
+        ({"fusion": {"bounds": {"math": [-1e308, 1e308]}}}, "fusion.bounds.math.0", "-100"),
+        ({"fusion": {"bounds": {str(k): [0, 1] for k in range(257)}}}, "fusion.bounds", "256"),
     ],
     ids=str,
 )
@@ -72,6 +103,76 @@ def test_what_is_refused_is_named(body, param, words):
     assert f"`{param}`" in found.message or param == "best_of"
     assert words in found.message
     assert found.body["error"]["param"] == param
+
+
+def test_fields_of_other_requests_have_limits_too():
+    message = {"role": "user", "content": "x"}
+    part = {"type": "text", "text": "x"}
+    for kind, body, param in (
+        (ChatRequest, {"messages": [message] * 2049}, "messages"),
+        (
+            ChatRequest,
+            {"messages": [{**message, "content": [part] * 2049}]},
+            "messages.0.content",
+        ),
+        (ScoreRequest, {"prompt": "x", "continuation": ["x"] * 2049}, "continuation"),
+        (TokenizeRequest, {"prompt": "x", "model": "m" * 257}, "model"),
+        (ExpertRequest, {"name": "x" * 257, "expert": {}}, "name"),
+        (ExpertRequest, {"name": "x", "expert": {str(k): 1 for k in range(257)}}, "expert"),
+    ):
+        found = problem(kind, **body)
+        assert (found.status, found.param) == (400, param)
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [5] * MANY + ["x"]},
+        {"prompt": ["x"] * MANY + [5]},
+        {"prompt": [True] * MANY},
+        {"prompt": [[True] * MANY]},
+        {"prompt": [[5] * MANY + ["x"]] * 10},
+        {"prompts": {"base": [True] * MANY}},
+        {"stop": [5] * MANY},
+        {"stop_token_ids": ["x"] * MANY},
+        {"logit_bias": {f"x{k}": "x" for k in range(MANY)}},
+        {"fusion": {"experts": [5] * MANY}},
+        {"fusion": {"weights": {f"x{k}": "x" for k in range(MANY)}}},
+        {f"x{k}": 5 for k in range(MANY)},
+        {"fusion": {f"x{k}": 5 for k in range(MANY)}},
+    ],
+    ids=lambda body: str(body)[:30],
+)
+def test_a_body_of_mistakes_is_refused_at_the_first_ones(body):
+    """Each mistake costs as much as a thousand good entries, and all other requests wait."""
+    with pytest.raises(ValidationError) as caught:
+        asked(**{"prompt": "x", **body})
+    assert caught.value.error_count() < 10
+
+
+def limits(schema):
+    """Whether a JSON schema says how large a value may be."""
+    kinds = schema.get("anyOf", [schema])
+    bounds = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"}
+    free = {"boolean", "null"}
+    return all(
+        bounds & set(kind) or kind.get("type") in free or {"$ref", "enum", "const"} & set(kind)
+        for kind in kinds
+    )
+
+
+def test_the_schema_shows_the_limits():
+    """Of all fields but those whose limit is the models' context, or another field."""
+    by_context = {"prompt", "prompts", "continuation", "tokens", "content", "text", "best_of"}
+    for kind in (CompletionRequest, ChatRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest):
+        schema = kind.model_json_schema()
+        for each in (schema, *schema.get("$defs", {}).values()):
+            for name, field in each["properties"].items():
+                if name not in by_context:
+                    assert limits(field), (kind, name, field)
 
 
 def test_text_formats_and_equal_best_of_are_accepted():

@@ -9,9 +9,10 @@ import urllib.error
 import urllib.request
 
 import pytest
+from conftest import family_file
 from playwright.sync_api import expect, sync_playwright
+from processes import free_port
 from ray import serve
-from test_serve import family_file, free_port
 
 from dlf_ray.serve import Settings, application
 from dlf_ray.worker import ModelWorker
@@ -38,6 +39,7 @@ STEP_S = 0.02
 TRICKY = ["Grüße", "", " 🦉\n", "\t", EVIL, " שלום", "\n", "</p>&amp;\x01", "long" * 100]
 """What a careless page would run, drop or run together."""
 
+expect.set_options(timeout=30_000)  # a busy machine takes seconds to show a page
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on PATH")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-import yaml
-from conftest import EXPERTS
+from asking import PROMPT, TIMEOUT_S, completed, post, refused
+from conftest import EXPERTS, family_file
+from processes import PATIENCE_S, free_port
 
 from dlf_ray import Family, LocalEngine, SamplingParams
 from dlf_ray.evaluate import answers
@@ -27,31 +29,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
-PROMPT = "The moon is made of"
-TIMEOUT_S = 60
-SOON_S = 5  # what is refused is refused within a second; machines that run tests are busy
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def family_file(folder, to, experts=EXPERTS, **engine):
-    """A family file of the tiny models."""
-
-    def spec(name):
-        return {"model": str(folder / name), "num_cpus": 0.1}
-
-    config = {
-        "large": spec("large"),
-        "base": spec("base"),
-        "experts": {name: spec(name) for name in experts},
-        "engine": {"max_num_seqs": 8, "max_model_len": 256, "num_cpus": 0.1, **engine},
-    }
-    to.write_text(yaml.safe_dump(config))
-    return str(to)
+SOON_S = 10  # what is refused is refused within a second; machines that run tests are busy
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +75,6 @@ def local(file):
 def client(url):
     openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
-
-
-def post(url, path="/v1/completions", **body):
-    return requests.post(url + path, json={"model": "dlf", **body}, timeout=TIMEOUT_S)
-
-
-def completed(url, **body):
-    answer = post(url, **body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"]
-
-
-def refused(answer, status, *words):
-    """An error of OpenAI's shape that says what it is about."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    for word in words:
-        assert word in error["message"]
-    return error
 
 
 def events(answer):
@@ -627,6 +585,8 @@ class Slow(ModelWorker):
 
     def compute(self, plan):
         if "large" in self.spec.model:
+            with open(f"{self.spec.model}.rows", "a") as log:
+                log.write(f"{plan.rows} {len(plan.tokens)}\n")
             time.sleep(0.05)
             if plan.starts.max() >= BREAKS_AT:
                 raise RuntimeError("broken at /a/secret/place")
@@ -653,7 +613,7 @@ class Strict:
 
     def free(self):
         """Whether there is room for two, within a time in which no endless request ends."""
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             if self.post(prompt=[[5], [6]], max_tokens=1).status_code == 200:
                 return True
@@ -718,7 +678,7 @@ def ask(strict, body):
 
 def fill(strict, stream):
     """A connection whose request holds all slots."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         connection = ask(strict, {**ENDLESS, "prompt": [[5], [6]], "stream": stream})
         time.sleep(0.5)
@@ -760,9 +720,69 @@ def test_a_failure_on_the_way_ends_the_stream_cleanly(strict):
     assert strict.free()
 
 
-def test_every_request_is_a_line_in_the_log(strict):
+def logged(id, count=1):
+    """The lines that the log has of requests whose ids hold `id`, once there are so many."""
     import ray
 
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+
+    def lines():
+        for path in logs.glob("worker-*.out"):
+            yield from (line for line in path.read_text().splitlines() if id in line)
+
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found := list(lines())) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return [json.loads(line) for line in found], logs
+
+
+def test_clients_that_leave_a_stream_are_logged_as_that(strict):
+    body = {**ENDLESS, "stream": True}
+    for k in range(12):
+        headers = {**strict.headers, "X-Request-Id": f"leaves-{k}."}
+        url = f"{strict.url}/v1/completions"
+        with requests.post(
+            url, json={"model": "slow", **body}, headers=headers, stream=True, timeout=TIMEOUT_S
+        ) as answer:
+            assert answer.status_code == 200
+            next(answer.iter_lines())
+            time.sleep(0.03 * k)
+    lines, logs = logged("leaves-", 12)
+    assert [line["status"] for line in lines] == [499] * 12
+    errors = "".join(path.read_text() for path in (logs / "serve").glob("replica_strict_*.log"))
+    assert "request leaves-" not in errors
+    assert strict.free()
+
+
+def rows_of(folder):
+    return [tuple(map(int, line.split())) for line in (folder / "large.rows").open()]
+
+
+def test_a_score_computes_the_rows_of_the_continuation(strict, folder):
+    """And what several continuations have before them once."""
+    prompt = [5 + k % 200 for k in range(200)]
+    asked = {"model": "slow", "prompt": prompt}
+
+    def cost(**body):
+        before = len(rows_of(folder))
+        answer = requests.post(
+            f"{strict.url}/v1/score",
+            json={**asked, **body},
+            headers=strict.headers,
+            timeout=TIMEOUT_S,
+        )
+        assert answer.status_code == 200, answer.text
+        rows, tokens = zip(*rows_of(folder)[before:], strict=True)
+        return sum(rows), sum(tokens)
+
+    assert cost(continuation=[7]) == (1, 200)
+    rows, tokens = cost(prompt=prompt[::-1], continuation=[[8], [9, 10]])
+    assert rows == 3
+    assert tokens < 220
+
+
+def test_every_request_is_a_line_in_the_log(strict):
     id = "my-request.1"
     headers = {**strict.headers, "X-Request-Id": id}
     body = {**ENDLESS, "prompt": [5, 6], "max_tokens": 3, "user": "me"}
@@ -770,17 +790,7 @@ def test_every_request_is_a_line_in_the_log(strict):
     answer = requests.post(url, json=body, headers=headers, timeout=TIMEOUT_S)
     assert answer.headers["X-Request-Id"] == id
     assert answer.json()["id"] == f"cmpl-{id}"
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-
-    def lines():
-        for path in logs.glob("worker-*.out"):
-            yield from (line for line in path.read_text().splitlines() if id in line)
-
-    deadline = time.monotonic() + 20
-    while not (found := list(lines())):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    (line,) = map(json.loads, found)
+    (line,), logs = logged(id)
     expected = {
         "id": id,
         "method": "POST",
@@ -817,6 +827,54 @@ def test_a_replica_whose_coordinator_died_is_replaced(strict):
 # Everything at once
 
 
+MEANT = {
+    "/v1/completions": {"model": "dlf", "prompt": PROMPT, "max_tokens": 1},
+    "/v1/chat/completions": {
+        "model": "large",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 1,
+    },
+    "/v1/score": {"model": "dlf", "prompt": PROMPT, "continuation": " rock"},
+    "/tokenize": {"model": "dlf"},
+    "/detokenize": {"model": "dlf", "tokens": [5, 6]},
+}
+
+
+def meant(body, path):
+    """A body of the schema, about models, experts and tokens that there are, and without fields
+    that exclude each other; one short answer each, so that there is time for many."""
+    if path not in MEANT:
+        return body
+    made = {name: value for name, value in body.items() if value is not None} | MEANT[path]
+    for name in ("n", "best_of", "prompts", "max_completion_tokens", "response_format"):
+        made.pop(name, None)
+    if not made.get("stream"):
+        made.pop("stream_options", None)
+    if made.get("top_logprobs"):
+        made["logprobs"] = True
+    made["min_tokens"] = min(made.get("min_tokens", 0), 1)
+    made["stop_token_ids"] = [token % 300 for token in made.get("stop_token_ids", [])]
+    made["logit_bias"] = {
+        str(int(token) % 300): bias
+        for token, bias in made.get("logit_bias", {}).items()
+        if re.fullmatch("[0-9]{1,9}", token)  # a schema's pattern forbids no other names
+    }
+    fusion = {name: value for name, value in made.get("fusion", {}).items() if value is not None}
+    about = {"experts": ["math"], "bounds": {"math": [0, 1]}, "step": 0.1, "alone": "math"}
+    fusion |= {name: value for name, value in about.items() if name in fusion}
+    if fusion.pop("weights", None):
+        fusion |= {"rule": "static", "weights": {"math": 0.5}}
+    if "alone" in fusion:
+        fusion = {"alone": "math"}
+    elif "bounds" in fusion:
+        fusion["experts"] = ["math"]
+    made["fusion"] = fusion
+    known = {"/v1/score": {"model", "prompt", "continuation", "fusion"}}
+    known |= {"/tokenize": {"model", "prompt", "add_special_tokens"}}
+    known |= {"/detokenize": {"model", "tokens"}}
+    return {name: value for name, value in made.items() if name in known.get(path, made)}
+
+
 @pytest.mark.slow
 def test_no_request_of_the_schema_is_a_server_error(url):
     schemathesis = pytest.importorskip("schemathesis")
@@ -825,9 +883,11 @@ def test_no_request_of_the_schema_is_a_server_error(url):
     answers = {}
 
     def check(case):
+        if case.meta.generation.mode.is_positive:
+            case.body = meant(case.body, operation.path)
         answer = case.call(timeout=TIMEOUT_S)
         assert answer.status_code < 500, (case.as_curl_command(), answer.text)
-        answers.setdefault(operation.path, set()).add(answer.status_code)
+        answers.setdefault(operation.path, []).append(answer.status_code)
 
     bounded = settings(
         max_examples=20,
@@ -842,12 +902,158 @@ def test_no_request_of_the_schema_is_a_server_error(url):
         for mode in schemathesis.GenerationMode:
             if mode.is_positive or operation.body:
                 bounded(given(operation.as_strategy(generation_mode=mode))(check))()
-    assert {path for path, seen in answers.items() if 200 in seen} >= {"/tokenize", "/v1/models"}
-    assert {path for path, seen in answers.items() if 400 in seen} >= {
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/score",
-    }
+    print({path: {code: seen.count(code) for code in set(seen)} for path, seen in answers.items()})
+    for path in MEANT:  # half of the bodies of each are meant to be good
+        assert answers[path].count(200) >= 15, (path, answers[path])
+        assert 400 in answers[path]
+    assert 200 in answers["/v1/models"]
+
+
+def accepted():
+    """Bodies of completions that are accepted, of values as extreme as that allows."""
+    from hypothesis import strategies as st
+
+    def maybe(**fields):
+        return st.fixed_dictionaries({}, optional=fields)
+
+    def ends(low, high, *between):
+        return st.sampled_from([low, high, *between])
+
+    wide = {"experts": ["math"], "bounds": {"math": [-100, 100]}, "step": 2}
+    fusion = st.one_of(
+        maybe(
+            rule=st.sampled_from(["grid", "exact"]),
+            select=st.sampled_from(["paper", "strongest", "blend"]),
+            step=ends(0.1, 2.0),
+            experts=st.sampled_from([[], ["math"], ["facts", "math"], list(EXPERTS)]),
+            return_weights=st.booleans(),
+            trace=st.booleans(),
+        ),
+        st.fixed_dictionaries(
+            {
+                "rule": st.just("static"),
+                "weights": st.dictionaries(
+                    st.sampled_from(EXPERTS), ends(-100, 100, 1e-300), max_size=3
+                ),
+            },
+        ),
+        st.sampled_from(
+            [
+                wide,
+                {**wide, "rule": "exact"},
+                {**wide, "bounds": {"math": [-1e-300, 100]}},
+                {**wide, "bounds": {"math": [99.999, 100]}, "step": 1e-2},
+                {"alone": "large"},
+                {"alone": "math"},
+            ]
+        ),
+    )
+    return maybe(
+        fusion=fusion,
+        temperature=ends(0, 100, 1e-300, 1e-4),
+        top_p=ends(1e-300, 1.0, 0.5),
+        top_k=ends(-1, 2**31 - 1, 1),
+        min_p=ends(0.0, 1.0, 1e-300),
+        seed=ends(0, 2**63 - 1),
+        presence_penalty=ends(-2.0, 2.0),
+        frequency_penalty=ends(-2.0, 2.0),
+        repetition_penalty=ends(0.01, 100.0),
+        logit_bias=st.sampled_from(
+            [{str(k): 100.0 for k in range(300)}, {str(k): -100.0 for k in range(300)}, {"0": 1e-9}]
+        ),
+        stop=st.sampled_from([["x" * 1024] * 64, ["\U0001f600"], "\x00"]),
+        stop_token_ids=st.sampled_from([list(range(300)), [0]]),
+        ignore_eos=st.booleans(),
+        min_tokens=ends(0, 4),
+        logprobs=ends(0, 20),
+        echo=st.booleans(),
+        user=st.text(max_size=256),
+    )
+
+
+@pytest.mark.slow
+def test_no_accepted_request_changes_what_another_is_answered(url, local):
+    """Whatever is asked beside it, an innocent one's stream is what it is alone."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    innocent = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+    expected = local.generate(PROMPT, sampling)[0].text
+
+    def streamed():
+        answer = post(url, **innocent, stream=True)
+        return "".join(each["choices"][0]["text"] for each in events(answer))
+
+    with ThreadPoolExecutor(1) as beside:
+
+        @settings(
+            max_examples=40,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(accepted())
+        def check(body):
+            stream = beside.submit(streamed)
+            answer = post(url, prompt=[5, 6, 7], max_tokens=4, **body)
+            assert answer.status_code == 200, (body, answer.text)
+            assert stream.result(TIMEOUT_S) == expected, body
+
+        check()
+
+
+def test_searches_of_too_many_candidates_are_refused(url):
+    for fusion in ({"step": 1e-9}, {"step": 0.001}, {"bounds": {"math": [-100, 100]}}):
+        answer = post(url, prompt="x", fusion=fusion)
+        assert refused(answer, 400, "candidates")["param"] == "bounds"
+    assert completed(url, prompt="x")
+
+
+class Late(ModelWorker):
+    """Takes its time to load."""
+
+    def load(self):
+        time.sleep(25)
+        return super().load()
+
+
+@pytest.mark.slow
+def test_deploying_again_answers_every_request(root, folder, tmp_path):
+    """Requests wait while the models load, longer than Serve gives an ingress by itself."""
+    from ray import serve
+
+    from dlf_ray.serve import Settings, application
+
+    file = family_file(folder, tmp_path / "again.yaml", ())
+
+    def deploy(worker=ModelWorker, **changed):
+        settings = Settings.model_validate({"families": {"again": file}, **changed})
+        serve.run(application(settings, worker=worker), name="again", route_prefix="/again")
+
+    deploy()
+    done, answers = threading.Event(), []
+
+    def asking():
+        while not done.is_set():
+            body = {"model": "again", "prompt": [5], "max_tokens": 2, "ignore_eos": True}
+            answer = requests.post(f"{root}/again/v1/completions", json=body, timeout=150)
+            answers.append((answer.status_code, answer.text))
+
+    with ThreadPoolExecutor(48) as pool:
+        try:
+            asked = [pool.submit(asking) for _ in range(48)]
+            time.sleep(2)
+            deploy(Late, max_queued=255)
+            time.sleep(2)
+        finally:
+            done.set()
+        for each in asked:
+            each.result()
+    serve.delete("again")
+    assert len(answers) > 2 * 48
+    assert not [each for each in answers if each[0] != 200]
 
 
 @pytest.mark.slow
@@ -886,7 +1092,7 @@ def test_families_come_and_go_with_the_load(root, folder, tmp_path):
             (served if answer.status_code == 200 else failures).append(answer.text)
 
     def until(count):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while running() != count:
             assert time.monotonic() < deadline
             assert not failures

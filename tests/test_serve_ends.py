@@ -2,31 +2,28 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import requests
-from test_ends import actors, groups, settled
-from test_serve import family_file, free_port
+from conftest import family_file
+from processes import BIN, PATIENCE_S, actors, free_port, groups, settled
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def serving(file, port):
+@pytest.fixture
+def serving(program):
+    """Starts `dlf serve` on our cluster."""
     import ray
 
-    return subprocess.Popen(
-        [Path(sys.executable).with_name("dlf"), "serve", file, "--port", str(port)],
-        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def start(file, port):
+        environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        return program(BIN / "dlf", "serve", file, "--port", port, env=environment)
+
+    return start
 
 
-def test_it_serves_until_it_is_terminated(folder, tmp_path):
+def test_it_serves_until_it_is_terminated(serving, folder, tmp_path):
     file = family_file(folder, tmp_path / "tiny.yaml", ())
     port = free_port()
     process = serving(file, port)
@@ -37,24 +34,25 @@ def test_it_serves_until_it_is_terminated(folder, tmp_path):
     url = f"http://127.0.0.1:{port}"
     assert f"{url}/v1" in line
     body = {"model": "tiny", "prompt": [5], "max_tokens": 2}
-    assert requests.post(f"{url}/v1/completions", json=body, timeout=30).status_code == 200
+    answer = requests.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200
     second = serving(file, free_port())
-    _, errors = second.communicate(timeout=120)
+    _, errors = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 1
     assert "serve deploy" in errors
-    assert requests.get(f"{url}/ready", timeout=30).status_code == 200
+    assert requests.get(f"{url}/ready", timeout=PATIENCE_S).status_code == 200
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     assert settled(lambda: not groups())
     assert settled(lambda: not actors()), actors()
     with pytest.raises(requests.ConnectionError):
-        requests.get(f"{url}/health", timeout=5)
+        requests.get(f"{url}/health", timeout=PATIENCE_S)
 
 
-def test_a_family_that_cannot_start_says_why(folder, tmp_path):
+def test_a_family_that_cannot_start_says_why(serving, folder, tmp_path):
     file = family_file(folder, tmp_path / "wide.yaml", (), num_cpus=100)
     process = serving(file, free_port())
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "100" in errors
     assert "Traceback" not in errors
