@@ -7,28 +7,30 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode
 from urllib.request import Request, urlopen
 
+import msgspec
 import typer
 import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dlf_ray.config import Family, Rule, Select
+from dlf_ray.config import Family, Rule, Select, read_yaml
 from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
 from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
 from dlf_ray.messages import SamplingParams
 from dlf_ray.metrics import Span, chrome_trace
 from dlf_ray.report import write_report
-from dlf_ray.results import UPPER_BOUND, Row, read, read_config, summary
+from dlf_ray.results import UPPER_BOUND, Row, read, summary
 from dlf_ray.tasks import METRICS
 
 app = typer.Typer(
@@ -76,15 +78,15 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _engine(family: Family, local: bool) -> BaseEngine:
-    with console.status(f"starting {len(family.models)} models"):
+def _engine(family: Family, local: bool, *, models: Collection[str] | None = None) -> BaseEngine:
+    with console.status(f"starting {len(family.models if models is None else models)} models"):
         if local:
             from dlf_ray.local import LocalEngine
 
-            return LocalEngine(family)
+            return LocalEngine(family, models=models)
         from dlf_ray.engine import Engine
 
-        return Engine(family)
+        return Engine(family, models=models)
 
 
 @app.command()
@@ -279,19 +281,41 @@ def _ask(url: str, method: str, path: str, body: object = None) -> Any:
     request = Request(url.rstrip("/") + path, data, headers, method=method)
     try:
         with urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            status, text = answer.status, answer.read().decode(errors="replace")
     except HTTPError as error:
-        raise ValueError(json.load(error)["error"]["message"]) from None
+        status, text = error.code, error.read().decode(errors="replace")
     except URLError as error:
         raise ValueError(f"nothing is served at {url} ({error.reason})") from None
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"what is at {url} broke off ({error!r})") from None
+    try:
+        said = json.loads(text)
+        refusal = None if status < 400 else str(said["error"]["message"])
+    except (ValueError, KeyError, TypeError):  # not from us: a proxy on the way, say
+        start = " ".join(text.split())[:200]
+        raise ValueError(f"{url} answered with status {status}: {start}") from None
+    if refusal is not None:
+        raise ValueError(refusal)
+    return said
 
 
 @app.command()
 def evaluate(
-    family: FamilyFile,
+    context: typer.Context,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A family file, or an experiment file as jobs take it, which says all but "
+            "--output and --local.",
+            metavar="FAMILY.yaml|EXPERIMENT.yaml",
+        ),
+    ],
     task: Annotated[str | None, typer.Option(help="Benchmarks, by commas.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Local file or folder, or Hugging Face data set.")
+        list[str] | None,
+        typer.Option(
+            help="Local file or folder, or Hugging Face data set; own data may be several."
+        ),
     ] = None,
     prompt_template: Annotated[
         str | None, typer.Option(help='For own data, over its columns: "Q: {question}\\nA:".')
@@ -299,6 +323,10 @@ def evaluate(
     metric: Annotated[str, typer.Option(help=f"For own data: {', '.join(METRICS)}.")] = (
         "exact_match"
     ),
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="For own data: a string that ends an answer; may be repeated."),
+    ] = None,
     methods: Annotated[
         str, typer.Option(help=f"By commas: {METHODS}.")
     ] = "large,base,static,dynamic",
@@ -321,30 +349,75 @@ def evaluate(
 ) -> None:
     """Compare methods on benchmarks or own data: one table, a row per method."""
     with _errors(), tempfile.TemporaryDirectory() as unkept:
-        names: list[str | None] = [*_names(task)] if task else [None]
-        experiment = Experiment(
-            family=str(family),
-            tasks=tuple(
-                TaskSpec(
-                    task=name,
-                    data=data,
-                    # A shell passes a line break written as \n on as two characters.
-                    prompt_template=prompt_template and prompt_template.replace("\\n", "\n"),
-                    metric=metric,
-                    shots=shots,
-                    limit=limit,
-                    max_tokens=max_tokens,
-                )
-                for name in names
-            ),
-            methods=tuple(_names(methods)),
-            output=str(output or unkept),
-            shots_for=shots_for,
-            upper_bound=upper_bound,
-            on_overflow=on_overflow,
+        if _is_experiment(file):
+            _refuse_beside_experiment(context)
+            experiment = Experiment.from_yaml(file).with_family()
+            if output:
+                experiment = msgspec.structs.replace(experiment, output=str(output))
+        else:
+            experiment = Experiment(
+                family=str(file),
+                tasks=tuple(
+                    TaskSpec(
+                        task=name,
+                        data=source,
+                        prompt_template=prompt_template and _line_breaks(prompt_template),
+                        metric=metric,
+                        shots=shots,
+                        limit=limit,
+                        max_tokens=max_tokens,
+                        stop=tuple(map(_line_breaks, stop or ())),
+                    )
+                    for name, source in _sources(task, data)
+                ),
+                methods=tuple(_names(methods)),
+                output=str(output or unkept),
+                shots_for=shots_for,
+                upper_bound=upper_bound,
+                on_overflow=on_overflow,
+            )
+        malformed = run(experiment, partial(_engine, local=local), log=_log)
+        console.print(_table(experiment.output, experiment.methods, malformed))
+
+
+def _line_breaks(text: str) -> str:
+    """A shell passes a line break written as \\n on as two characters."""
+    return text.replace("\\n", "\n")
+
+
+def _sources(
+    benchmarks: str | None, data: Sequence[str] | None
+) -> list[tuple[str | None, str | None]]:
+    """The name and the data of each task."""
+    if benchmarks is None:
+        return [(None, each) for each in data] if data else [(None, None)]
+    if data and len(data) > 1:
+        raise ValueError(
+            "several --data are tasks of one's own; beside --task, give one that holds the data of "
+            "all benchmarks"
         )
-        run(experiment, lambda chosen: _engine(chosen, local), log=_log)
-        console.print(_table(experiment.output, experiment.methods))
+    return [(name, data[0] if data else None) for name in _names(benchmarks)]
+
+
+def _is_experiment(file: Path) -> bool:
+    """Whether a file is an experiment's, and no family's."""
+    raw = read_yaml(file)
+    return isinstance(raw, dict) and bool({"family", "tasks"} & raw.keys())
+
+
+def _refuse_beside_experiment(context: typer.Context) -> None:
+    """Raises `ValueError` for options that the experiment file itself is to say."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, source in sources.items()
+        if name not in ("file", "output", "local") and source and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ValueError(
+            f"an experiment file says what is compared: write {', '.join(given)} into it; beside "
+            "it, only --output and --local can be given"
+        )
 
 
 @app.command()
@@ -372,8 +445,12 @@ def demo(
             output=str(output or unkept),
         )
         # The upper bounds are single models: they need no actors.
-        run(experiment, lambda f: _engine(f, local or not f.experts), log=_log)
-        console.print(_table(experiment.output, DEMO_METHODS))
+        malformed = run(
+            experiment,
+            lambda family, *, models: _engine(family, local or not family.experts, models=models),
+            log=_log,
+        )
+        console.print(_table(experiment.output, DEMO_METHODS, malformed))
         decoded = time.perf_counter() - began - trained
         console.print(
             f"training {trained:.0f} s (cached in {folder}), decoding {decoded:.0f} s",
@@ -393,46 +470,57 @@ def _log(line: str) -> None:
     console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _table(folder: str, methods: Sequence[str]) -> Table:
-    """A row per method, the mean and 95% interval of every task's first metric, and an average."""
+def _table(folder: str, methods: Sequence[str], malformed: Mapping[str, int]) -> Table:
+    """All that a folder holds: a row per method, those that were asked for first, with the mean and
+    95% interval of every task's first metric, and an average."""
     rows = {(row.task, row.method): row for row in summary(read(folder))}
     tasks = list(dict.fromkeys(task for task, _ in rows))
     metrics = {task: next(iter(row.scores)) for (task, _), row in rows.items() if row.scores}
+    counts = {task: max(r.items for r in rows.values() if r.task == task) for task in tasks}
     table = Table(title="percent, 95% intervals", box=box.SIMPLE)
     table.add_column("method", no_wrap=True)
-    settings = read_config(folder)["tasks"]
     for task in tasks:
         first = next(row for row in rows.values() if row.task == task)
-        title = f"{task}\n{metrics.get(task, '')}\n{first.items} items, {first.shots}-shot"
-        if left_out := settings[task]["malformed"]:
+        title = f"{task}\n{metrics.get(task, '')}\n{counts[task]} items, {first.shots}-shot"
+        if left_out := malformed.get(task):
             title += f"\n{left_out} malformed left out"
         table.add_column(title, no_wrap=True)
     upper = _average([rows[task, UPPER_BOUND] for task in tasks if (task, UPPER_BOUND) in rows])
     # Beside several tasks there is no room for every expert's weight; `dlf report` has them.
     experts = list(dict.fromkeys(n for row in rows.values() for n in row.weights))
     experts = experts if len(tasks) == 1 else []
-    for title in ("average", *(["gap closed"] if upper else []), "tokens/s"):
+    for title in ("average", *(["gap closed"] if upper else []), "items/s", "tokens/s"):
         table.add_column(title)
     for expert in experts:
         table.add_column(f"{expert}\nmean weight")
-    for method in (*methods, UPPER_BOUND):
-        found = [rows[task, method] for task in tasks if (task, method) in rows]
-        if not found:
+    others = sorted({method for _, method in rows} - {*methods, UPPER_BOUND})
+    for method in (*methods, *others, UPPER_BOUND):
+        found = [rows.get((task, method)) for task in tasks]
+        there = [row for row in found if row]
+        if not there:
             continue
-        cells = []
-        for row in found:
-            s = next(iter(row.scores.values()), None)
-            spread = f"({100 * s.low:.0f}-{100 * s.high:.0f})" if s else ""
-            cells.append(f"{100 * s.mean:.1f} {spread}" if s else "-")
-        average, seconds = _average(found), sum(row.seconds for row in found)
+        cells = [_cell(row, counts[row.task]) if row else "-" for row in found]
+        average, seconds = _average(there), sum(row.seconds for row in there)
+        if len(there) < len(tasks):
+            average = None  # it would be one of other tasks
         cells.append("-" if average is None else f"{average:.1f}")
         if upper:  # of the averages, as in the paper
             cells.append("-" if average is None else f"{100 * average / upper:.1f}")
-        cells.append(f"{sum(row.tokens for row in found) / seconds:.0f}" if seconds else "-")
-        weights = found[0].weights
+        items, tokens = sum(row.items for row in there), sum(row.tokens for row in there)
+        cells += [f"{items / seconds:.1f}", f"{tokens / seconds:.0f}"] if seconds else ["-", "-"]
+        weights = there[0].weights
         cells += [f"{weights[name]:.2f}" if name in weights else "" for name in experts]
         table.add_row(method, *cells)
     return table
+
+
+def _cell(row: Row, usual: int) -> str:
+    """A score with its interval, and the number of items where it is another than usual."""
+    few = f", {row.items} items" if row.items != usual else ""
+    score = next(iter(row.scores.values()), None)
+    if score is None:
+        return f"-{few}"
+    return f"{100 * score.mean:.1f} ({100 * score.low:.0f}-{100 * score.high:.0f}){few}"
 
 
 def _average(rows: Sequence[Row]) -> float | None:
@@ -528,6 +616,18 @@ def bench(
                     highlight=False,
                     soft_wrap=True,
                 )
+        loop = measure.bench_loop(rounds)
+        console.print(
+            f"the coordinator's own work, without models:\n"
+            f"  24 questions of 4 choices, 32 slots: {loop.steps[True]} steps with shared "
+            f"prefixes, {loop.steps[False]} without\n"
+            f"  8 prompts of 4096 tokens let in beside 56: {loop.admit:.1f} ms\n"
+            "  a step of 64 sequences: "
+            + ", ".join(f"{ms:.2f} ms with {n} queued" for n, ms in loop.queued.items())
+            + f"\n  a token drawn from 32000: {loop.sample['none']:.2f} ms without a filter, "
+            f"{loop.sample['top_p']:.2f} ms with top-p",
+            highlight=False,
+        )
         if not items:
             return
         folder = family_demo.build()

@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeAlias, TypedDict, Unpack
 
 from rich.progress import track
 
-from dlf_ray.config import LARGE, Family, Fusion, Rule, Select, check_bounds
+from dlf_ray.config import LARGE, Family, Fusion, ModelSpec, Rule, Select, check_bounds
 from dlf_ray.messages import (
+    LENGTH_STEP,
     Chunk,
     Description,
     FinishReason,
@@ -25,6 +26,7 @@ from dlf_ray.messages import (
     Limits,
     Request,
     SamplingParams,
+    check_candidates,
 )
 from dlf_ray.metrics import Span
 
@@ -33,7 +35,17 @@ Prompt: TypeAlias = "str | Sequence[int]"
 Prompts: TypeAlias = "Prompt | Mapping[str, Prompt]"
 """One prompt for all models, or a mapping from model names; `large` (else the first) is shared by
 the models that are not named."""
+Continuation: TypeAlias = "str | Sequence[int]"
 Deliver: TypeAlias = "Callable[[Chunk | Exception], None]"
+WINDOW = 4
+"""Requests that are under way together, as a multiple of `max_num_seqs`: enough for every slot to
+have a successor waiting, and a queue that does not grow with what was asked."""
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\r\n")
+"""White space but line breaks."""
+
+
+SPARE = 0.9
+"""The part of free memory that caches may take."""
 
 
 class EngineError(RuntimeError):
@@ -89,6 +101,8 @@ class Output:
     """The stop string or stop token that ended the text; None for the model's own end token."""
     error: str | None = None
     """Why the request failed, where it did."""
+    refused: bool = False
+    """With an error: the request was not taken, as it does not fit the family any more."""
     spans: list[Span] = field(default_factory=list)
     """With `trace`, at the end: what every actor did for the request; see `metrics`."""
 
@@ -115,8 +129,15 @@ class Output:
             loudest = max(named, key=lambda name: abs(named[name]), default=None)
             self.experts.append(loudest if loudest and named[loudest] else None)
         self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
-        self.error = chunk.error
+        self.error, self.refused = chunk.error, chunk.refused
         self.spans += chunk.spans
+        return self
+
+    def checked(self) -> Output:
+        """Itself. Raises `ValueError` where the request was refused, `RuntimeError` where it failed
+        on the way."""
+        if self.error:
+            raise ValueError(self.error) if self.refused else RuntimeError(self.error)
         return self
 
 
@@ -167,26 +188,35 @@ class BaseEngine(ABC):
 
     def generate_as_completed(
         self,
-        prompts: Sequence[Prompts],
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Iterable[Prompts],
+        sampling: SamplingParams | None = None,
         **fusion: Unpack[FusionOptions],
     ) -> Iterator[tuple[int, Output]]:
-        """Like `generate`, but yields each prompt's number and output as soon as it has ended."""
-        return self._as_completed(self._requests(prompts, sampling, fusion))
+        """Like `generate`, but yields each prompt's number and output as soon as it has ended.
+
+        An iterator of prompts may have any number of them: they are taken, and checked, as there
+        is room.
+        """
+        params = resolve(self.family, fusion)
+        sampling, trace = sampling or SamplingParams(), fusion.get("trace", False)
+        requests = (
+            self._request(f"prompt {number}: ", prompt, sampling, params, trace)
+            for number, prompt in enumerate(prompts)
+        )
+        return self._as_completed(requests if isinstance(prompts, Iterator) else list(requests))
 
     def score(
         self,
         prompts: Prompts | Sequence[Prompts],
-        continuations: Sequence[str | Sequence[int]],
+        continuations: Sequence[Continuation],
         *,
         progress: bool = False,
         **fusion: Unpack[FusionOptions],
     ) -> list[Output]:
         """The log-probability of each token of a continuation under the fused distribution.
 
-        One continuation for each prompt. A string is tokenized together with the prompt (of the
-        large model), as lm-evaluation-harness does: white space at the end of the prompt belongs to
-        the continuation, and what the tokens of both have beyond those of the prompt is scored.
+        One continuation for each prompt; a string is tokenized as `tokenize_pair` says (with the
+        prompt of the large model).
         Nothing is generated; rows of logits are computed a bounded number at a time.
         Errors are those of `generate`.
         """
@@ -195,19 +225,54 @@ class BaseEngine(ABC):
 
     def score_as_completed(
         self,
-        prompts: Sequence[Prompts],
-        continuations: Sequence[str | Sequence[int]],
+        pairs: Iterable[tuple[Prompts, Continuation]],
         **fusion: Unpack[FusionOptions],
     ) -> Iterator[tuple[int, Output]]:
-        """Like `score`, but yields each prompt's number and output as soon as it has ended."""
-        return self._as_completed(self._requests(prompts, None, fusion, continuations))
+        """Like `score`, but yields the number and output of each pair of a prompt and its
+        continuation as soon as it has ended; of an iterator as in `generate_as_completed`."""
+        params = resolve(self.family, fusion)
+        sampling, trace = SamplingParams(max_tokens=0), fusion.get("trace", False)
+        requests = (
+            self._request(f"prompt {number}: ", prompt, sampling, params, trace, continuation)
+            for number, (prompt, continuation) in enumerate(pairs)
+        )
+        return self._as_completed(requests if isinstance(pairs, Iterator) else list(requests))
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, with the BOS token that the tokenizer begins texts with; a text
+        that has it already, as chat templates write it, gets no second one."""
+        bos = self.tokenizer.bos_token
+        begun = bool(bos) and prompt.startswith(bos)
+        return list(self.tokenizer.encode(prompt, add_special_tokens=not begun))
 
     def tokenize_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of both, split where those of `prompt` alone end (see `score`)."""
-        stripped = prompt.rstrip()
-        first = self._encode(stripped)
-        whole = self._encode(prompt + continuation)
-        return list(first), list(whole[len(first) :])
+        """The tokens of a prompt, and those of what follows it.
+
+        Both are tokenized as one text and split where the tokens of the prompt alone end, as
+        lm-evaluation-harness does. Spaces at the end of the prompt belong to the continuation, to
+        whose first word tokenizers join them; a line break there ends the prompt. (The harness
+        moves that too, and so scores it with every continuation.) Where a token reaches over the
+        boundary, each side is tokenized by itself: the text stays what it is, and nothing of
+        another side is scored.
+        """
+        kept = prompt.rstrip(SPACES)
+        if not self.tokenize(kept):  # nothing but spaces, and no BOS token before them
+            kept = prompt
+        first, whole = self.tokenize(kept), self.tokenize(prompt + continuation)
+        if whole[: len(first)] == first and len(whole) > len(first):
+            return first, whole[len(first) :]
+        return first, self._inside(prompt[len(kept) :] + continuation)
+
+    def _inside(self, text: str) -> list[int]:
+        """The tokens of a text that does not begin one: no BOS, nor a space that some tokenizers
+        put before the first word."""
+
+        def plain(text: str) -> list[int]:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+        before = plain("\n")
+        both = plain("\n" + text)
+        return both[len(before) :] if both[: len(before)] == before else plain(text)
 
     def _gather(self, requests: list[Request], what: str, progress: bool) -> list[Output]:
         """Sends all requests and waits for all; their outputs in order."""
@@ -217,20 +282,31 @@ class BaseEngine(ABC):
             outputs[number] = output
         return [outputs[number] for number in range(len(requests))]
 
-    def _as_completed(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
-        """Sends all requests; yields the number and the output of each one as it ends."""
-        numbers = {request.id: number for number, request in enumerate(requests)}
-        outputs = [Output() for _ in requests]
+    def _as_completed(self, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+        """Yields the number and the output of each request as it ends.
+
+        A window of requests is under way: each that ends is followed by the next one.
+        """
+        window = WINDOW * self.family.engine.max_num_seqs
+        numbered = enumerate(requests)
+        running: dict[int, tuple[int, Request, Output]] = {}
         mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
-        with self._open(requests, mailbox.put):
-            left = len(requests)
-            while left:
+        try:
+            while True:
+                for number, request in itertools.islice(numbered, window - len(running)):
+                    running[request.id] = number, request, Output()
+                    self._deliver[request.id] = mailbox.put
+                    self._send(request)
+                if not running:
+                    return
                 chunk = self._wait(mailbox)
-                number = numbers[chunk.id]
-                outputs[number].add(chunk, requests[number])
+                number, request, output = running[chunk.id]
+                output.add(chunk, request)
                 if chunk.finish_reason:
-                    left -= 1
-                    yield number, outputs[number]
+                    del running[chunk.id]
+                    yield number, output
+        finally:
+            self._forget(running)
 
     def stream(
         self,
@@ -240,15 +316,13 @@ class BaseEngine(ABC):
     ) -> Iterator[Output]:
         """Yields what each step adds; leaving the loop early frees the request.
 
-        Raises `RuntimeError` where the request fails on the way.
+        Raises `RuntimeError` where the request fails on the way, `ValueError` where it is refused.
         """
         (request,) = self._requests([prompt], sampling, fusion)
         mailbox: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         with self._open([request], mailbox.put):
             while True:
-                output = Output().add(self._wait(mailbox), request)
-                if output.error:
-                    raise RuntimeError(output.error)
+                output = Output().add(self._wait(mailbox), request).checked()
                 yield output
                 if output.finish_reason:
                     return
@@ -269,42 +343,60 @@ class BaseEngine(ABC):
         for what, given in (("sampling parameters", sampling), ("continuations", continuations)):
             if given is not None and len(given) != len(many):
                 raise ValueError(f"{len(many)} prompts but {len(given)} {what}")
-        requests = []
-        for number, (prompt, each) in enumerate(zip(many, sampling, strict=True)):
-            try:
-                shared, own = self._tokenized(prompt)
-                rest: tuple[int, ...] = ()
-                if continuations is not None:
-                    shared, own, rest = self._continued(prompt, shared, own, continuations[number])
-                elif each.prompt_logprobs is not None:
-                    if own:
-                        raise ValueError(
-                            "`prompt_logprobs` needs one prompt for all models: whose would it "
-                            "be? `score` takes prompts of their own and a common continuation"
-                        )
-                    shared, rest = shared[:1], shared[1:]
-                request = Request(
-                    id=next(self._ids),
-                    prompt=shared,
-                    prompts=own,
-                    continuation=rest,
-                    sampling=each,
-                    fusion=params,
-                    trace=fusion.get("trace", False),
-                )
-                self.limits.check(request)
-            except ValueError as error:
-                where = f"prompt {number}: " if len(many) > 1 else ""
-                raise ValueError(where + str(error)) from None
-            requests.append(request)
-        return requests
+        rests: Sequence[Continuation | None] = continuations or [None] * len(many)
+        trace = fusion.get("trace", False)
+        return [
+            self._request(
+                f"prompt {number}: " if len(many) > 1 else "", prompt, each, params, trace, rest
+            )
+            for number, (prompt, each, rest) in enumerate(zip(many, sampling, rests, strict=True))
+        ]
+
+    def _request(
+        self,
+        where: str,
+        prompt: Prompts,
+        sampling: SamplingParams,
+        params: FusionParams,
+        trace: bool,
+        continuation: Continuation | None = None,
+    ) -> Request:
+        """One request, checked. Raises `ValueError` that begins with `where` it is."""
+        try:
+            shared, own = self._tokenized(prompt)
+            rest: tuple[int, ...] = ()
+            if continuation is not None:
+                shared, own, rest = self._continued(prompt, shared, own, continuation)
+            # Nothing is sent, or held in a queue, once for each model if it is the same.
+            own = {name: tokens for name, tokens in own.items() if tokens != shared}
+            if continuation is None and sampling.prompt_logprobs is not None:
+                if own:
+                    raise ValueError(
+                        "`prompt_logprobs` needs one prompt for all models: whose would it "
+                        "be? `score` takes prompts of their own and a common continuation"
+                    )
+                shared, rest = shared[:1], shared[1:]
+            request = Request(
+                id=next(self._ids),
+                prompt=shared,
+                prompts=own,
+                continuation=rest,
+                sampling=sampling,
+                fusion=params,
+                trace=trace,
+            )
+            self.limits.check(request)
+        except ValueError as error:
+            raise ValueError(where + str(error)) from None
+        return request
 
     def _tokenized(self, prompt: Prompts) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-        """The prompt of most models, and those of single ones."""
+        """The prompt of most models, and those of the models that are named."""
         if not isinstance(prompt, Mapping):
             return self._encode(prompt), {}
         if not prompt:
             raise ValueError("a mapping of prompts needs at least one model's")
+        self.limits.check_names(prompt)
         own = {name: self._encode(each) for name, each in prompt.items()}
         return own.get(LARGE) or next(iter(own.values())), own
 
@@ -313,7 +405,7 @@ class BaseEngine(ABC):
         prompt: Prompts,
         shared: tuple[int, ...],
         own: dict[str, tuple[int, ...]],
-        continuation: str | Sequence[int],
+        continuation: Continuation,
     ) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]], tuple[int, ...]]:
         """Prompts and continuation as tokens; text is split where the tokens of the whole split."""
         if not isinstance(continuation, str):
@@ -334,7 +426,7 @@ class BaseEngine(ABC):
         return shared, own, rest
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        return tuple(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
 
     @contextmanager
     def _open(self, requests: Sequence[Request], deliver: Deliver) -> Iterator[None]:
@@ -345,9 +437,13 @@ class BaseEngine(ABC):
                 self._send(request)
             yield
         finally:
-            for request in requests:
-                if self._deliver.pop(request.id, None):
-                    self._abort(request.id)
+            self._forget(request.id for request in requests)
+
+    def _forget(self, ids: Iterable[int]) -> None:
+        """Aborts what has not ended."""
+        for id in ids:
+            if self._deliver.pop(id, None):
+                self._abort(id)
 
     def _dispatch(self, chunk: Chunk) -> None:
         """Gives a chunk to whoever asked; nobody does where an abort has just crossed it."""
@@ -408,6 +504,8 @@ def resolve(family: Family, options: FusionOptions) -> FusionParams:
         raise ValueError(
             f"`blend` has one weight for all experts: make their bounds equal, {limits}"
         )
+    if rule != "static":
+        check_candidates(list(limits.values()), fusion.step)
     return FusionParams(
         rule=rule,
         select=fusion.select,
@@ -419,25 +517,65 @@ def resolve(family: Family, options: FusionOptions) -> FusionParams:
     )
 
 
+def chosen(family: Family, models: Collection[str] | None) -> dict[str, ModelSpec]:
+    """The models of the family that are named, all if none are; in the order of the family.
+
+    Raises `ValueError` where one of them is not in the family.
+    """
+    if models is None:
+        return family.models
+    if not models or (unknown := set(models) - set(family.models)):
+        what = f"no model {sorted(unknown)}" if models else "no model was named"
+        raise ValueError(f"{what}; the family has {list(family.models)}")
+    return {name: spec for name, spec in family.models.items() if name in models}
+
+
 def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
     """What the loaded models can take together."""
     eos = {token for each in descriptions.values() for token in each.eos_token_ids}
     longest = family.engine.max_model_len
+    lengths = {
+        name: min(longest, descriptions[name].context)
+        for name in family.models
+        if name in descriptions
+    }
     return Limits(
-        lengths={name: min(longest, descriptions[name].context) for name in family.models},
+        lengths=lengths,
         vocab=min(each.vocab for each in descriptions.values()),
         eos_token_ids=tuple(sorted(eos)),
+        positions=positions_of(family, descriptions, lengths),
     )
 
 
-def decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Token ids to text, without special tokens and without beautifying."""
+def positions_of(
+    family: Family, descriptions: Mapping[str, Description], lengths: Mapping[str, int]
+) -> dict[str, int]:
+    """How many positions the cache of each model has room for, where its memory is known.
 
-    def decode(ids: Sequence[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    return decode
+    Models on the CPUs of one node, unless their `memory` is set, share what that has left.
+    Raises `ValueError` where a single sequence of the family's length does not fit.
+    """
+    pools: dict[str, list[str]] = {}
+    for name, each in descriptions.items():
+        if each.free_bytes is not None and each.cache_bytes_per_position:
+            shared = each.device == "cpu" and family.models[name].memory is None
+            pools.setdefault(f"node {each.node}" if shared else f"model {name}", []).append(name)
+    positions: dict[str, int] = {}
+    for names in pools.values():
+        free = SPARE * min(descriptions[name].free_bytes or 0 for name in names)
+        size = sum(descriptions[name].cache_bytes_per_position for name in names)
+        positions |= dict.fromkeys(names, int(free / size) // LENGTH_STEP * LENGTH_STEP)
+    for name, most in positions.items():
+        if most < lengths[name]:
+            raise ValueError(
+                f"model {name!r} ({family.models[name].model}) has memory for the keys and values "
+                f"of {most} tokens, a sequence may have {lengths[name]}: set "
+                f"`engine: {{max_model_len: {most}}}` at most, or give it more memory"
+                if most
+                else f"model {name!r} ({family.models[name].model}) leaves no memory for keys and "
+                "values: give it more, or use a smaller `dtype`"
+            )
+    return positions
 
 
 def _listed(prompts: Prompts | Sequence[Prompts]) -> list[Prompts]:

@@ -206,25 +206,30 @@ def _provenance(table: pa.Table) -> tuple[list[tuple[str, str]], list[str]]:
     for name in PROVENANCE:
         values = _distinct(table[name])
         if name == "models":
-            values = [_models(each) for each in values]
+            values, several = _models(values)
+            mixed += several
+        # Each method may have a rule of its own.
+        elif len(values) > 1 and name != "rule":
+            mixed.append(name.replace("_", " "))
         if values:
             facts.append((name.replace("_", " "), "\n".join(values)))
-        # Each method may have a rule of its own.
-        if len(values) > 1 and name != "rule":
-            mixed.append(name.replace("_", " "))
     facts.append(("rows", f"{len(table):,}"))
     return facts, mixed
 
 
-def _models(text: str) -> str:
-    """One model a line."""
-    try:
-        models = json.loads(text)
-    except ValueError:
-        return text
-    if not isinstance(models, dict):
-        return text
-    return "\n".join(f"{name}: {_plain(value)}" for name, value in models.items())
+def _models(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Each model of any row, a line each, and what is called alike but is not the same; each task
+    may have an upper bound of its own."""
+    found: dict[str, dict[str, None]] = {}
+    for text in texts:
+        for name, value in json.loads(text).items():
+            found.setdefault(name, {})[_plain(value)] = None
+    order = [*(name for name in ("large", "base") if name in found), *found]
+    lines = [f"{name}: {value}" for name in dict.fromkeys(order) for value in found[name]]
+    several = [
+        f"model {name}" for name, each in found.items() if len(each) > 1 and name != UPPER_BOUND
+    ]
+    return lines, several
 
 
 def _plain(value: Any) -> str:
@@ -382,7 +387,8 @@ def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
     head += [Cell(m, "%" * scale.percent(task, m), _how(rows, m)) for m in metrics]
     head += [Cell(f"{m}, macro", "%" * scale.percent(task, m), "bootstrap") for m in macros]
     head += [Cell("gap closed", metric) for metric in closed]
-    head += [Cell("items"), Cell("failed"), Cell("shots"), Cell("tokens"), Cell("tokens/s")]
+    head += [Cell("items"), Cell("failed"), Cell("shots"), Cell("tokens")]
+    head += [Cell("items/s"), Cell("tokens/s")]
     head += [Cell(name, "mean weight") for name in weighing]
     body = []
     for row in rows:
@@ -391,7 +397,8 @@ def _details(rows: list[Row], experts: list[str], scale: Scale) -> Table:
         line += [scale.cell(task, metric, row.macro.get(metric)) for metric in macros]
         line += [_number(row.gap_closed.get(metric), "{:.1%}") for metric in closed]
         line += [Cell(f"{row.items:,}"), Cell(f"{row.errors:,}"), Cell(row.shots or "–")]
-        line += [Cell(f"{row.tokens:,}"), _number(row.tokens_per_second, "{:,.1f}")]
+        line += [Cell(f"{row.tokens:,}"), _number(row.items_per_second, "{:,.1f}")]
+        line += [_number(row.tokens_per_second, "{:,.1f}")]
         line += [_number(row.weights.get(name), "{:.2f}") for name in weighing]
         body.append(line)
     return Table(head, body)

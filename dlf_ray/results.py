@@ -4,12 +4,13 @@ A run of hours is killed sooner or later. So rows go to disk in small files that
 at all, nothing is ever rewritten, and whoever opens the folder again sees what is done. Several
 writers may share a folder. Reading needs nothing but this file: every row knows where it came from.
 
-    folder/run.json               the settings that determine the rows
+    folder/run-<hash>.json           settings that determine rows, of one run; together they agree
     folder/part-<time>-<id>.parquet  rows, complete; any other name is not part of the data
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
         ("group", pa.string()),  # a part of the task, such as a subject; null if it has none
         ("shots", pa.int32()),
         ("shots_for", pa.string()),  # the models whose prompt holds the examples
-        ("prompt_hash", pa.string()),
+        ("prompt_hash", pa.string()),  # of all that the item is: prompt, choices, right answers
         # What was answered
         ("text", pa.string()),
         ("pieces", pa.list_(pa.string())),  # the text of each token
@@ -82,8 +83,10 @@ Key: TypeAlias = "tuple[str, str, str]"
 class Results:
     """The folder of one run, open for writing, for one thread.
 
-    `config` is everything that determines the rows. Raises `ValueError` where the folder belongs to
-    a run with another one, or cannot be written.
+    `config` is everything that determines the rows, in nested mappings. What earlier runs of the
+    folder have set has to be the same; what they have not, such as one more method, is added.
+    Raises `ValueError`, naming each difference, where it is not, or where the folder cannot be
+    written.
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -93,11 +96,12 @@ class Results:
             _claim(self.folder, config)
         except OSError as error:
             raise ValueError(f"cannot write results to {self.folder}: {error}") from error
-        self.done: set[Key] = set()
-        """(task, method, item) of all rows, those not yet on disk too. A row with an error is done
-        as well: what should be tried again must not be added."""
+        self.done: dict[Key, str | None] = {}
+        """(task, method, item) of all rows, those not yet on disk too, and their `prompt_hash`. A
+        row with an error is done as well: what should be tried again must not be added."""
         for path in _parts(self.folder):
-            self.done.update(_keys(_load(path, KEY)))
+            table = _load(path, [*KEY, "prompt_hash"])
+            self.done.update(zip(_keys(table), table["prompt_hash"].to_pylist(), strict=True))
         self._rows: list[pa.RecordBatch] = []
         self._flushed = time.monotonic()
 
@@ -112,7 +116,7 @@ class Results:
         if key in self.done:
             raise ValueError(f"{self.folder} already has a row for {key}")
         self._rows.append(batch)
-        self.done.add(key)
+        self.done[key] = row.get("prompt_hash")
         if len(self._rows) >= FLUSH_ROWS or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
@@ -155,15 +159,14 @@ def read(folder: str | Path) -> pa.Table:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The settings of a run. Raises `ValueError` where the folder has none."""
-    path = Path(folder) / "run.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the settings of the run, {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a mapping")
-    return config
+    """The settings of all runs of a folder. Raises `ValueError` where it has none."""
+    whole: dict[str, Any] = {}
+    found = list(_settings(Path(folder)))
+    for config in found:
+        whole = _merged(whole, config)
+    if not found:
+        raise ValueError(f"{folder} has no run-*.json that says how it was made")
+    return whole
 
 
 # ---------------------------------------------------------------- what the rows amount to
@@ -207,6 +210,11 @@ class Row:
     @property
     def tokens_per_second(self) -> float | None:
         return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+    @property
+    def items_per_second(self) -> float | None:
+        """What counts for likelihoods and short answers."""
+        return self.items / self.seconds if self.seconds else None
 
 
 def summary(table: pa.Table) -> list[Row]:
@@ -408,28 +416,66 @@ def _sync(folder: Path) -> None:
 
 
 def _claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes the settings, or holds them against those that are there."""
+    """Holds the settings against those that are there, and adds them."""
     try:
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise ValueError(f"the settings of a run must be JSON: {error}") from None
-    path = folder / "run.json"
-    if not path.exists() and _parts(folder):
-        raise ValueError(f"{folder} holds results but no run.json that says what they are")
+    here = json.loads(text)
+    if _parts(folder) and not any(folder.glob("run*.json")):
+        raise ValueError(f"{folder} holds results but no run-*.json that says what they are")
+    _check_settings(folder, here)
+    path = folder / f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     try:
         # Whether or not it is needed: a folder that cannot be written is found out at once.
         with Appearing(path, _create) as file:
             file.write(text.encode() + b"\n")
     except FileExistsError:
-        there, here = _flat(read_config(folder)), _flat(json.loads(text))
-        lines = [
-            f"  {key}: {_shown(there, key)} there, {_shown(here, key)} now"
-            for key in sorted(there.keys() | here.keys())
-            if _shown(there, key) != _shown(here, key)
-        ]
-        if lines:
-            message = f"{folder} holds a run with other settings; take another folder:"
-            raise ValueError("\n".join([message, *lines])) from None
+        return
+    try:
+        _check_settings(folder, here)  # another run may have come in between
+    except ValueError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _check_settings(folder: Path, here: Mapping[str, Any]) -> None:
+    """Raises `ValueError` with what differs from the settings of the folder."""
+    lines = [line for there in _settings(folder) for line in _differences(there, here)]
+    if lines:
+        message = f"{folder} holds a run with other settings; take another folder:"
+        raise ValueError("\n".join([message, *dict.fromkeys(lines)]))
+
+
+def _settings(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the runs of a folder have set, in no order that matters."""
+    for path in sorted(folder.glob("run*.json")):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read the settings of the run, {path}: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is not a mapping")
+        yield config
+
+
+def _differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """What both set, and not alike: a line each, with the dotted key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() & here.keys()):
+            yield from _differences(there[key], here[key], f"{where}.{key}" if where else key)
+    elif there != here:
+        old, new = (json.dumps(each, ensure_ascii=False) for each in (there, here))
+        yield f"  {where}: {old} there, {new} now"
+
+
+def _merged(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """All that either mapping sets."""
+    whole = dict(one)
+    for key, value in two.items():
+        both = isinstance(value, dict) and isinstance(whole.get(key), dict)
+        whole[key] = _merged(whole[key], value) if both else value
+    return whole
 
 
 def _create(hidden: Path, path: Path) -> None:
@@ -442,20 +488,6 @@ def _create(hidden: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(hidden, path)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, each in value.items():
-        flat.update(_flat(each, f"{prefix}.{key}" if prefix else key))
-    return flat
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "absent"
 
 
 def _parts(folder: Path) -> list[Path]:

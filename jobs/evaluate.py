@@ -9,12 +9,14 @@ answered is kept in the experiment's output folder, which all nodes must see if 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 
 import msgspec
 import ray
 
-from dlf_ray import Engine, demo
+from dlf_ray import Engine, Family
 from dlf_ray.evaluate import Experiment, run
+from dlf_ray.placement import settled
 
 
 def main() -> None:
@@ -25,12 +27,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.num_replicas < 1:
         parser.error("--num-replicas must be at least 1")
-    experiment = Experiment.from_yaml(options.experiment)
+    experiment = Experiment.from_yaml(options.experiment).with_family()
     if options.output:
         experiment = msgspec.structs.replace(experiment, output=options.output)
-    if experiment.family == "demo":
-        family = demo.build() / "family.yaml"
-        experiment = msgspec.structs.replace(experiment, family=str(family))
     ray.init()
     replica = ray.remote(num_cpus=0, max_retries=0)(answer_share)
     count = options.num_replicas
@@ -41,9 +40,13 @@ def main() -> None:
 def answer_share(experiment: Experiment, number: int, count: int) -> None:
     """One replica: a family of its own, and every `count`-th item."""
     prefix = f"[{number + 1}/{count}] " if count > 1 else ""
+
+    def engine(family: Family, *, models: Collection[str]) -> Engine:
+        return Engine(settled(family, copies=count), models=models)
+
     run(
         experiment,
-        Engine,
+        engine,
         shard=(number, count),
         log=lambda line: print(prefix + line, flush=True),
     )

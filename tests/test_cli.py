@@ -5,17 +5,11 @@ import json
 
 import pytest
 import yaml
-from conftest import EXPERTS, family_of
-from typer.testing import CliRunner
+from conftest import EXPERTS, dlf, family_of
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.bench import Costs, Result, bench_family
-from dlf_ray.cli import app
 from dlf_ray.results import read
-
-
-def dlf(*words):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, words)))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pytest
 import yaml
 from conftest import EXPERTS, family_of
 
-from dlf_ray import EngineError, LocalEngine, SamplingParams
+from dlf_ray import EngineError, LocalEngine, SamplingParams, evaluate
 from dlf_ray.evaluate import Experiment, TaskSpec, answers, method_options, run
-from dlf_ray.results import read, read_config, summary
+from dlf_ray.results import UPPER_BOUND, read, summary
 from dlf_ray.tasks import own_task
 
 METHODS = ("large", "base", "expert:math", "static:0.5", "dynamic", "dynamic:blend@math+prose")
@@ -172,10 +173,10 @@ def test_malformed_lines_and_cut_prompts_are_counted(family_file, tmp_path):
         methods=("large",),
     )
     lines = []
-    run(made, LocalEngine, log=lines.append)
+    malformed = run(made, LocalEngine, log=lines.append)
     assert any("own.jsonl:3" in line and "left out" in line for line in lines)
     assert any("1 prompts longer than the context were cut" in line for line in lines)
-    assert read_config(made.output)["tasks"]["own"]["malformed"] == 1
+    assert malformed == {"own": 1}
 
 
 def test_shards_make_the_whole(family_file, tmp_path):
@@ -189,11 +190,238 @@ def test_shards_make_the_whole(family_file, tmp_path):
     assert pick(comparable(parts.output)) == pick(comparable(whole.output))
 
 
-def test_another_configuration_is_refused_with_the_difference(family_file, tmp_path):
+# ---------------------------------------------------------------- a folder that is gone on with
+
+
+class Starting(LocalEngine):
+    """Notes which models each engine loads."""
+
+    loaded = ()
+
+    def __init__(self, family, *, models):
+        Starting.loaded = (*Starting.loaded, sorted(models))
+        super().__init__(family, models=models)
+
+
+@pytest.fixture
+def loaded():
+    Starting.loaded = ()
+    return lambda: Starting.loaded
+
+
+def rewritten(file, to, change):
+    """A family file beside another folder, with something changed."""
+    family = yaml.safe_load(file.read_text())
+    change(family)
+    to.write_text(yaml.safe_dump(family, sort_keys=False))
+    return to
+
+
+def quiet(made, start=LocalEngine):
+    return run(made, start, log=lambda _: None)
+
+
+def methods_of(folder):
+    return {row.method: row.items for row in summary(read(folder))}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda family: family["engine"].update(max_num_seqs=2, num_cpus=0.5),
+        lambda family: family["engine"].update(step_timeout_s=5, placement_strategy="SPREAD"),
+        lambda family: family["large"].update(num_cpus=2, memory=2**20),
+        lambda family: family["experts"].update(new={"model": "base"}),
+        lambda family: family["experts"]["facts"].update(bounds=[0.0, 1.0]),
+        lambda family: family.update(fusion={"select": "blend"}),
+    ],
+    ids=["slots", "timeouts", "resources", "one expert more", "another's bounds", "one expert"],
+)
+def test_what_changes_no_row_does_not_matter(family_file, tmp_path, change):
+    made = experiment(family_file, tmp_path, methods=("large", "dynamic@math"))
+    quiet(made)
+    before = read(made.output)
+    file = rewritten(family_file, family_file.with_name("changed.yaml"), change)
+    quiet(msgspec.structs.replace(made, family=str(file)), None)  # not even an engine is started
+    assert read(made.output).equals(before)
+
+
+def test_a_family_may_move_with_its_models(family_file, folder, tmp_path):
     made = experiment(family_file, tmp_path, methods=("large",))
-    run(made, LocalEngine, log=lambda _: None)
-    with pytest.raises(ValueError, match="methods"):
-        run(experiment(family_file, tmp_path, methods=("base",)), LocalEngine)
+    quiet(made)
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    for name in ("large", "base", *EXPERTS):
+        (there / name).symlink_to(folder / name)
+    file = rewritten(family_file, there / "moved.yaml", lambda _: None)
+    quiet(msgspec.structs.replace(made, family=str(file)), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f["large"].update(model="base"), r'models\.large\.model: "large" there, "base"'),
+        (lambda f: f["experts"]["math"].update(model="facts"), r"models\.math\.model"),
+        (lambda f: f["base"].update(dtype="bfloat16"), r"models\.base\.dtype"),
+        (lambda f: f["engine"].update(max_model_len=128), "max_model_len: 256 there, 128 now"),
+        (lambda f: f.update(fusion={"step": 0.5}), r"methods\.dynamic@math\.step: 0\.1 there"),
+        (lambda f: f.update(fusion={"rule": "exact"}), r"methods\.dynamic@math\.rule"),
+        (lambda f: f["experts"]["math"].update(bounds=[0, 1]), r"methods\.dynamic@math\.bounds"),
+    ],
+    ids=["large", "expert", "dtype", "length", "step", "rule", "bounds"],
+)
+def test_what_changes_rows_is_refused_by_its_name(family_file, tmp_path, change, words):
+    made = experiment(family_file, tmp_path, methods=("large", "dynamic@math"))
+    quiet(made)
+    file = rewritten(family_file, family_file.with_name("changed.yaml"), change)
+    with pytest.raises(ValueError, match=f"(?s)other settings.*{words}"):
+        quiet(msgspec.structs.replace(made, family=str(file)), None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_template": "{prompt}!"},
+        {"metric": "rouge"},
+        {"max_tokens": 7},
+        {"stop": ("\n",)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_task_of_the_same_name_is_refused(family_file, tmp_path, change):
+    made = experiment(family_file, tmp_path, methods=("large",))
+    quiet(made)
+    (spec,) = made.tasks
+    tasks = (msgspec.structs.replace(spec, **change),)
+    with pytest.raises(ValueError, match=rf"tasks\.items\.{next(iter(change))}: .* there"):
+        quiet(msgspec.structs.replace(made, tasks=tasks), None)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "Other:"}, {"answer": "no"}], ids=str)
+def test_an_item_that_has_changed_is_refused(family_file, tmp_path, change):
+    made = experiment(family_file, tmp_path, methods=("large",))
+    quiet(made)
+    data = made.tasks[0].data
+    with open(data) as file:
+        rows = [json.loads(line) for line in file]
+    write(tmp_path / "items.jsonl", [{**rows[0], **change}, *rows[1:]])
+    with pytest.raises(ValueError, match="item '0' of task 'items' has another prompt"):
+        quiet(made, None)
+
+
+def test_a_run_grows_in_its_folder(family_file, tmp_path, loaded):
+    """By items, a method, a task, and an upper bound; what is no longer named stays."""
+    (spec,) = experiment(family_file, tmp_path).tasks
+    few = msgspec.structs.replace(spec, limit=4)
+    made = experiment(family_file, tmp_path, methods=("large",), tasks=(few,))
+    quiet(made, Starting)
+    first = comparable(made.output)
+    assert [row["item"] for row in first] == ["0", "1", "2", "3"]
+
+    quiet(msgspec.structs.replace(made, tasks=(spec,)), Starting)  # all items
+    assert methods_of(made.output) == {"large": 10}
+    quiet(msgspec.structs.replace(made, tasks=(spec,), methods=("expert:math",)), Starting)
+    assert methods_of(made.output) == {"large": 10, "expert:math": 10}
+    more = TaskSpec(data=write(tmp_path / "more.jsonl", [{"prompt": "a", "answer": "b"}]))
+    quiet(msgspec.structs.replace(made, tasks=(spec, more)), Starting)
+    quiet(msgspec.structs.replace(made, tasks=(spec,), upper_bound="base"), Starting)
+    assert methods_of(made.output) == {"large": 1, "expert:math": 10, UPPER_BOUND: 10}
+    assert loaded() == (["large"], ["large"], ["math"], ["large"], ["large"])
+    kept = [r for r in comparable(made.output) if (r["task"], r["method"]) == ("items", "large")]
+    assert kept[:4] == first
+    quiet(made, None)  # with fewer items than there are, nothing is left to do
+    assert methods_of(made.output)["expert:math"] == 10
+
+
+def test_an_engine_has_the_models_that_are_needed_together(family_file, tmp_path, loaded):
+    made = experiment(family_file, tmp_path, methods=("expert:math", "base"), upper_bound="large")
+    quiet(made, Starting)
+    quiet(msgspec.structs.replace(made, methods=("dynamic@facts", "large")), Starting)
+    assert loaded() == (["base", "math"], ["large"], ["base", "facts", "large"])
+    whole = experiment(family_file, tmp_path, output=str(tmp_path / "whole"))
+    methods = ("expert:math", "base", "dynamic@facts", "large")
+    quiet(msgspec.structs.replace(whole, methods=methods, upper_bound="large"))
+    pick = ("method", "item", "token_ids", "models", "weights")
+    rows = [[[r[k] for k in pick] for r in comparable(f)] for f in (made.output, whole.output)]
+    assert rows[0] == rows[1]
+    models = {row["method"]: set(json.loads(row["models"])) for row in comparable(made.output)}
+    assert models["dynamic@facts"] == {"large", "base", "facts"}
+    assert models[UPPER_BOUND] == {UPPER_BOUND}
+
+
+# ---------------------------------------------------------------- where the code comes from
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=x", "-c", "user.email=x@y", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository of this project's name."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (root / "pyproject.toml").write_text('[project]\nname = "dlf_ray"\n')
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "x")
+    return root
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """What pip has noted about the package."""
+
+    def note(text):
+        class Distribution:
+            version = "0"
+
+            def read_text(self, name):
+                return text if name == "direct_url.json" else None
+
+        monkeypatch.setattr(evaluate, "distribution", lambda _: Distribution())
+
+    note(None)
+    return note
+
+
+def test_the_commit_is_that_of_the_checkout(checkout, installed):
+    assert evaluate._commit(checkout) == git(checkout, "rev-parse", "HEAD")
+
+
+def test_another_repository_around_is_not_taken_for_it(checkout, installed):
+    """Neither an environment in somebody's project, nor a copy of this one in it."""
+    inside = checkout / ".venv" / "site-packages"
+    inside.mkdir(parents=True)
+    assert evaluate._commit(inside) is None
+    (inside / "pyproject.toml").write_text('[project]\nname = "dlf_ray"\n')
+    assert evaluate._commit(inside) is None
+    (checkout / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    assert evaluate._commit(checkout) is None
+    (checkout / "pyproject.toml").write_text("[tool.ruff]\n")
+    assert evaluate._commit(checkout) is None
+
+
+def test_without_git_there_is_no_commit(checkout, installed, monkeypatch, family_file, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluate._commit(checkout) is None
+    made = experiment(family_file, tmp_path, methods=("large",))
+    quiet(made)
+    assert {row["commit"] for row in comparable(made.output)} == {None}
+
+
+def test_what_pip_took_from_a_repository_has_its_commit(tmp_path, installed):
+    vcs = {"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}
+    installed(json.dumps(vcs))
+    assert evaluate._commit(tmp_path) == "c0ffee"
+    installed(json.dumps({"url": "file:///x", "dir_info": {"editable": True}}))
+    assert evaluate._commit(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -204,6 +432,9 @@ def test_another_configuration_is_refused_with_the_difference(family_file, tmp_p
         ({"tasks": (TaskSpec(task="chess"),)}, "chess.*gsm8k"),
         ({"tasks": (TaskSpec(),)}, "benchmark"),
         ({"tasks": (TaskSpec(task="gsm8k", metric="rouge"),)}, "own data"),
+        ({"tasks": (TaskSpec(task="gsm8k", stop=("x",)),)}, "own data"),
+        ({"tasks": (TaskSpec(data="x.jsonl", stop=("",)),)}, "empty string"),
+        ({"tasks": (TaskSpec(data="x.jsonl", metric="multiple_choice", stop=("x",)),)}, "stop"),
         ({"tasks": (TaskSpec(task="gsm8k", data="/nowhere/at/all"),)}, "/nowhere/at/all"),
     ],
     ids=str,

@@ -116,7 +116,7 @@ def test_a_failed_write_loses_nothing(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="no space"):
             run.flush()
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     run.close()
     assert len(read(tmp_path)) == 1
 
@@ -206,17 +206,52 @@ def test_of_two_rows_the_first_on_disk_counts(tmp_path):
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
     Results(tmp_path, CONFIG).close()
-    other = {"tasks": ("sums",), "fusion": {"rule": "exact", "step": 0.1}, "limit": 5}
+    other = {"tasks": ["sums", "articles"], "fusion": {"rule": "exact", "step": 0.1}, "limit": 5}
     with pytest.raises(ValueError, match="other settings") as caught:
         Results(tmp_path, other)
     lines = str(caught.value).splitlines()[1:]
     assert [line.strip() for line in lines] == [
         'fusion.rule: "grid" there, "exact" now',
-        "limit: absent there, 5 now",
-        "seed: 0 there, absent now",
+        'tasks: ["sums"] there, ["sums", "articles"] now',
     ]
     Results(tmp_path, {**CONFIG, "tasks": ("sums",)}).close()  # a tuple is a list in JSON
     assert read_config(tmp_path) == CONFIG
+
+
+def test_settings_grow_and_never_change(tmp_path):
+    """What one run has set holds for all that follow, whatever these do not say."""
+    first = {"methods": {"large": {}, "static": {"weights": [1.0]}}}
+    second = {"methods": {"dynamic": {"step": 0.1}}, "models": {"base": "tiny"}}
+    Results(tmp_path, first).close()
+    Results(tmp_path, second).close()
+    assert read_config(tmp_path) == {
+        "methods": {**first["methods"], **second["methods"]},
+        "models": {"base": "tiny"},
+    }
+    for wrong in (
+        {"methods": {"static": {"weights": [0.5]}}},
+        {"methods": {"dynamic": {"step": 0.2}}},
+        {"models": {"base": {"model": "tiny"}}},
+        {"methods": ["large"]},
+    ):
+        with pytest.raises(ValueError, match="other settings"):
+            Results(tmp_path, wrong)
+    assert len(list(tmp_path.iterdir())) == 2, "what was refused has left nothing"
+
+
+def test_of_two_runs_that_begin_together_and_differ_one_is_refused(tmp_path, monkeypatch):
+    claimed = results._create
+
+    def late(hidden, path):
+        with monkeypatch.context() as patch:
+            patch.setattr(results, "_create", claimed)
+            Results(tmp_path, {"seed": 1}).close()
+        claimed(hidden, path)
+
+    monkeypatch.setattr(results, "_create", late)
+    with pytest.raises(ValueError, match="seed: 1 there, 0 now"):
+        Results(tmp_path, {"seed": 0})
+    assert read_config(tmp_path) == {"seed": 1}
 
 
 def test_a_config_must_be_json(tmp_path):
@@ -266,10 +301,14 @@ def test_what_cannot_be_read_says_so(tmp_path):
     with pytest.raises(ValueError, match="another version"):
         read(tmp_path)
     broken.unlink()
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"no run\.json"):
-        Results(tmp_path, CONFIG)
+    (settings,) = tmp_path.glob("run-*.json")
+    settings.write_text("{")
     with pytest.raises(ValueError, match="cannot read the settings"):
+        read_config(tmp_path)
+    settings.unlink()
+    with pytest.raises(ValueError, match=r"no run-\*\.json"):
+        Results(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"no run-\*\.json"):
         read_config(tmp_path)
 
 
@@ -297,13 +336,14 @@ def test_the_summary_is_what_a_pencil_says():
     assert [each.method for each in (dynamic, large, bound)] == ["dynamic", "large", "upper-bound"]
     assert (large.items, large.errors, large.shots) == (2, 0, "5 (large)")
     assert (large.seconds, large.tokens, large.tokens_per_second) == (2.0, 12, 6.0)
+    assert large.items_per_second == 1.0
     assert large.weights == {}
     assert large.gap_closed == {"match": 0.5}
     assert (dynamic.items, dynamic.errors, dynamic.scores["match"].items) == (4, 1, 3)
     assert dynamic.shots == "0"
     assert dynamic.scores["match"].mean == pytest.approx(2 / 3)
     assert dynamic.weights == pytest.approx({"math": 0.5, "facts": 0.5})
-    assert dynamic.tokens_per_second is None
+    assert dynamic.tokens_per_second is dynamic.items_per_second is None
     assert bound.gap_closed == {"match": 1.0}
 
 

@@ -578,24 +578,49 @@ def test_own_templates_and_paths_are_checked_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason", "strict", "trimmed"),
+    ("text", "reason", "strict", "trimmed", "normalised"),
     [
-        (" four", "stop", 1, 1),
-        (" four", "length", 0, 1),
-        (" four. And", "stop", 0, 1),
-        (" four\nfive", "stop", 0, 1),
-        (" Four", "stop", 0, 0),
-        (" four and", "stop", 0, 0),
-        ("", "stop", 0, 0),
-        (" 1.5 l.\n", "stop", 1, 1),
-        (" 1.5 l.\nmore", "stop", 0, 1),
-        (" 1.7", "stop", 0, 0),
+        (" four", "stop", 1, 1, 1),
+        (" four", "length", 0, 1, 1),
+        (" four. And", "stop", 0, 1, 0),
+        (" four\nfive", "stop", 0, 1, 0),
+        (" Four", "stop", 0, 0, 1),
+        (" the  FOUR!", "stop", 0, 0, 1),
+        (" four and", "stop", 0, 0, 0),
+        ("", "stop", 0, 0, 0),
+        (" 1.5 l.\n", "stop", 1, 1, 1),
+        (" 1.5 l.\nmore", "stop", 0, 1, 0),
+        (" 1.7", "stop", 0, 0, 0),
+        ("an", "stop", 0, 0, 0),
+        ("The", "stop", 1, 1, 1),
     ],
 )
-def test_exact_match_strict_and_trimmed(text, reason, strict, trimmed):
-    item = Item("x", "p", answers=("four", "1.5 l."))
-    expected = {"exact_match": strict, "exact_match_trimmed": trimmed}
-    assert own.exact_match(item, said(text, reason)) == expected
+def test_exact_match_strict_trimmed_and_normalised(text, reason, strict, trimmed, normalised):
+    item = Item("x", "p", answers=("four", "1.5 l.", "The"))
+    expected = (strict, trimmed, normalised)
+    assert tuple(own.exact_match(item, said(text, reason)).values()) == expected
+    assert own.METRICS["exact_match"].names == tuple(own.exact_match(item, said(text, reason)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice"),
+    [
+        ("Is it?", " yes"),
+        ("Is it? ", "yes"),
+        ("Is it?\n", "yes"),
+        ("<|im_start|>assistant\n", "yes"),
+        ("user: Is it?<|im_end|>", "yes"),
+        ("Is it?<｜Assistant｜>", "yes"),
+        ("Is it? [/INST]", " yes"),
+        ("1 <|> 2", " yes"),
+    ],
+)
+def test_a_choice_follows_a_line_break_or_a_turn_marker_without_a_space(tmp_path, prompt, choice):
+    row = {"prompt": prompt, "choices": ["no", "yes"], "answer": "yes"}
+    file = rows_as_files(tmp_path / "x.jsonl", [row])
+    (item,) = own_task(file, metric="multiple_choice").load().items
+    assert item.prompt == prompt
+    assert item.choices[1] == choice
 
 
 @pytest.mark.parametrize("answer", ["yes", "B", 1, "1"])

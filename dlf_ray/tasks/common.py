@@ -30,7 +30,7 @@ class Item:
     id: str
     """The data's own, or file and row; stable across runs and unique within a task."""
     prompt: str
-    """The whole zero-shot prompt; ends without white space."""
+    """The whole zero-shot prompt; a benchmark's ends without white space."""
     preamble: str = ""
     """What `prompt` begins with that is said once, before any examples."""
     shots: str = ""
@@ -41,7 +41,7 @@ class Item:
     answers: tuple[str, ...] = ()
     """For generation: all that count as right."""
     choices: tuple[str, ...] = ()
-    """For likelihood: continuations of the prompt, each with the space that begins it."""
+    """For likelihood: continuations of the prompt, each with the space that begins it, if any."""
     correct: tuple[int, ...] = ()
     """Indices of the right choices."""
     group: str = ""

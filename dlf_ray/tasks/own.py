@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from dlf_ray.tasks.common import (
 )
 from dlf_ray.tasks.data import Row, Source
 
+BOUNDARY = re.compile(r"(\s|<[|｜][^<>|｜]+[|｜]>)\Z")
+"""What a choice follows without a space: white space, or a turn marker as chat templates write it
+(`<|assistant|>`)."""
+
 
 def trimmed(text: str) -> list[str]:
     """An output, its first line, and that up to its first period."""
@@ -36,13 +41,22 @@ def trimmed(text: str) -> list[str]:
 
 def exact_match(item: Item, response: Response) -> Scores:
     """Strict: the whole output is an answer and the model ends there; only outer white space is
-    free. Trimmed: so it is when cut at its first line end or period."""
+    free. Trimmed: so it is when cut at its first line end or period. Normalised: the whole output
+    is an answer once both are `normalised`, wherever the model ended."""
     answers = [answer.strip() for answer in item.answers]
     ended = response.finish_reason == "stop"
     return {
         "exact_match": float(ended and response.text.strip() in answers),
         "exact_match_trimmed": float(any(each in answers for each in trimmed(response.text))),
+        "exact_match_normalised": float(normalised(response.text) in map(normalised, answers)),
     }
+
+
+def normalised(text: str) -> str:
+    """`normalize_answer` of SQuAD's evaluate-v2.0.py (Rajpurkar et al. 2016): lower case, without
+    punctuation and articles, single spaces. What has nothing else stays as it is."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or text.strip()
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,10 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "exact_match": Metric(
-        "generate", ("exact_match", "exact_match_trimmed"), exact_match, stripped
+        "generate",
+        ("exact_match", "exact_match_trimmed", "exact_match_normalised"),
+        exact_match,
+        stripped,
     ),
     "number_match": Metric("generate", ("number_match",), number_match, last_number_of),
     "multiple_choice": Metric("likelihood", ("acc", "acc_norm"), accuracy, likeliest),
@@ -83,7 +100,8 @@ def own_task(
     "Question: {question}\\nAnswer:"; without one, the column `prompt` is taken as it is. `answer`
     and `choices` name columns. An answer may be a list of all that count as right. For
     `multiple_choice`, the choices are a list (in CSV, one in JSON), and the answer is one of them,
-    its letter, or its index from 0. Items are named by a column `id`, if there is one.
+    its letter, or its index from 0; a space joins a choice to its prompt, unless that ends in white
+    space or a turn marker. Items are named by a column `id`, if there is one.
     Raises `ValueError` for an unknown metric and for a template that is none.
     """
     if metric not in METRICS:
@@ -99,7 +117,8 @@ def own_task(
         if metric == "multiple_choice":
             listed = _listed(row[choices], choices)
             right = _index(row[answer], listed)
-            texts = tuple(f" {each}" for each in listed)
+            space = "" if BOUNDARY.search(prompt) else " "
+            texts = tuple(f"{space}{each}" for each in listed)
             return Item(id, prompt, target=texts[right], choices=texts, correct=(right,))
         golds = _golds(row[answer], answer)
         if metric == "number_match" and not all(last_number(gold) for gold in golds):
@@ -108,7 +127,7 @@ def own_task(
 
     return Task(
         name=Path(name).stem if Path(name).exists() else name,
-        version="1",
+        version="2",
         kind=chosen.kind,
         metrics=chosen.names,
         source=Source(
