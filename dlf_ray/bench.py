@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +23,25 @@ import numpy as np
 import torch
 import zmq
 
-from dlf_ray.config import LARGE, Family
+from dlf_ray.config import LARGE, EngineConfig, Family
+from dlf_ray.coordinator import Coordinator
 from dlf_ray.engine import Engine
 from dlf_ray.local import LocalEngine
-from dlf_ray.messages import Description, Logits, Plan, SamplingParams
+from dlf_ray.messages import (
+    Description,
+    FusionParams,
+    Limits,
+    Logits,
+    Lost,
+    Plan,
+    Ready,
+    Request,
+    SamplingParams,
+)
+from dlf_ray.sampling import sample
+from dlf_ray.scheduler import Scheduler
+from dlf_ray.scheduler import Sequence as Queued
+from dlf_ray.text import detokenizers
 from dlf_ray.worker import ModelWorker
 
 FUSION_STAGES = ("aim", "weigh", "sample")
@@ -311,3 +326,124 @@ class Exchange:
             for _ in self._names:
                 self._socket.recv_multipart(copy=False)
         return (time.perf_counter() - began) / steps
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the coordinator's own work costs, without models; milliseconds are medians."""
+
+    steps: dict[bool, int]
+    """To score 24 questions of 4 choices in 32 slots, with and without shared prefixes."""
+    admit: float
+    """Milliseconds to plan the step that lets in 8 prompts of 4096 tokens beside 56."""
+    queued: dict[int, float]
+    """Milliseconds of a step of 64 sequences, 6 models of 64 tokens, while so many others wait."""
+    sample: dict[str, float]
+    """Milliseconds to draw a token from 32000, without a filter and with top-p."""
+
+
+def bench_loop(rounds: int) -> Loop:
+    """Schedulers and sampling by themselves, in this process."""
+    return Loop(
+        {sharing: _scoring_steps(sharing) for sharing in (True, False)},
+        _median(rounds, _admission),
+        {waiting: _queued_step(rounds, waiting) for waiting in (10, 100_000)},
+        {name: _sampled_row(rounds, top_p) for name, top_p in (("none", 1.0), ("top_p", 0.9))},
+    )
+
+
+FUSION = FusionParams(
+    rule="grid",
+    select="paper",
+    step=0.1,
+    experts=("e0", "e1", "e2", "e3"),
+    bounds=((0.0, 2.0),) * 4,
+)
+
+
+def _median(rounds: int, measured: Callable[[], float]) -> float:
+    return statistics.median(measured() for _ in range(rounds))
+
+
+def _sequence(id: int, prompt: Sequence[int], new: int, *continuation: int) -> Queued:
+    sampling = SamplingParams(max_tokens=new)
+    request = Request(
+        id=id, prompt=tuple(prompt), continuation=continuation, sampling=sampling, fusion=FUSION
+    )
+    return Queued(request, room=new)
+
+
+def _scoring_steps(sharing: bool) -> int:
+    scheduler = Scheduler(
+        max_num_seqs=32, max_num_batched_tokens=2048, enable_prefix_caching=sharing
+    )
+    for item in range(24):
+        for choice in range(4):
+            prompt = [*range(20), *range(100 * item + 100, 100 * item + 130)]
+            scheduler.add(_sequence(4 * item + choice, prompt, 0, choice))
+    steps = 0
+    while scheduler.has_work:
+        for sequence in list(scheduler.plan().ready):
+            sequence.scored = 1
+            scheduler.remove(sequence)
+        steps += 1
+    return steps
+
+
+def _admission() -> float:
+    random = np.random.default_rng(0)
+    scheduler = Scheduler(max_num_seqs=64, max_num_batched_tokens=2**20)
+    for id in range(64):
+        if id == 56:
+            _decoded(scheduler)
+        scheduler.add(_sequence(id, random.integers(0, 32000, 4096).tolist(), 100))
+    return _milliseconds(scheduler.plan)
+
+
+class _Instant:
+    """Models that have answered before they are asked."""
+
+    logits = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def send(self, plans: Mapping[str, Plan]) -> None:
+        """Nothing travels."""
+
+    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits]]:
+        for name, plan in plans.items():
+            finite = np.ones(plan.rows, dtype=np.bool_)
+            yield name, Logits(plan.step, self.logits[: plan.rows], finite, 0.0)
+
+    def changes(self) -> Iterator[tuple[str, Lost | Ready]]:
+        return iter(())
+
+
+def _queued_step(rounds: int, waiting: int) -> float:
+    coordinator = Coordinator(
+        _Instant(),
+        limits=Limits(dict.fromkeys(("large", "base", *FUSION.experts), 2**20), 64, ()),
+        detokenizer=detokenizers(Numbers()),
+        engine=EngineConfig(max_num_seqs=64),
+    )
+    sampling = SamplingParams(max_tokens=2**19, ignore_eos=True)
+    for id in range(64 + waiting):
+        coordinator.add(Request(id=id, prompt=(id % 64, 1), sampling=sampling, fusion=FUSION))
+    coordinator.step()
+    return _median(10 * rounds, lambda: _milliseconds(coordinator.step))
+
+
+def _decoded(scheduler: Scheduler) -> None:
+    """A step, of which every sequence that is complete gets a token."""
+    for sequence in scheduler.plan().ready:
+        sequence.generated.append(7)
+
+
+def _sampled_row(rounds: int, top_p: float) -> float:
+    logits = torch.randn(1, 32000, generator=torch.Generator().manual_seed(0))
+    params = [SamplingParams(temperature=1.0, top_p=top_p)]
+    return _median(10 * rounds, lambda: _milliseconds(lambda: sample(logits, params, [0.5])))
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
