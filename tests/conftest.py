@@ -1,21 +1,36 @@
-"""Shared by all tests: a tiny family on disk, and one Ray cluster for the session."""
+"""Shared by all tests: tiny families on disk, requests, and a Ray cluster that is kept clean.
 
+Two processes divide the test files (pytest-xdist), each with a cluster of its own once it needs
+one; `pytest -n 0` runs everything in one process.
+"""
+
+import contextlib
 import os
+import subprocess
 from pathlib import Path
-
-import pytest
-import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too: the cores are shared
 
+import numpy as np
+import pytest
 import tiny
+import torch
+import workers
+import yaml
 from oracle import Oracle
+from processes import end, groups, settled
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from dlf_ray import Family
+from dlf_ray import Engine, Family, SamplingParams
+from dlf_ray.cli import app
 
 EXPERTS = ("math", "facts", "prose")
+LONGEST_FIRST = ("serve", "faults", "jobs", "playground", "ends", "nodes", "autoscaling", "chaos")
+"""Of the test files, so that the two processes end at about the same time."""
+FIGURES = "figures"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,6 +56,15 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def light_folder(tmp_path_factory) -> Path:
+    """The same family for workers that are `Light`."""
+    root = tmp_path_factory.mktemp("light")
+    for name in ("large", "base", *EXPERTS):
+        workers.light_model(root / name)
+    return root
+
+
 def pad_vocabulary(model: Path, size: int) -> None:
     """More rows of logits than tokens, as some model families have: they must never be chosen."""
     padded = AutoModelForCausalLM.from_pretrained(model)
@@ -50,32 +74,77 @@ def pad_vocabulary(model: Path, size: int) -> None:
     padded.save_pretrained(model)
 
 
-def family_of(folder: Path, experts=EXPERTS, fusion=None, num_gpus=0, **engine) -> Family:
+def settings_of(folder, experts=EXPERTS, num_gpus=0, **engine):
+    """A family file of the tiny models, as a dict."""
+
     def spec(name):
         return {"model": str(folder / name), "num_cpus": 0.1, "num_gpus": num_gpus}
 
-    return Family.from_dict(
-        {
-            "large": spec("large"),
-            "base": spec("base"),
-            "experts": {name: spec(name) for name in experts},
-            "fusion": fusion or {},
-            "engine": {
-                "max_num_seqs": 8,
-                "max_model_len": 256,
-                "num_cpus": 0.1,
-                "num_gpus": num_gpus,
-                **engine,
-            },
-        }
-    )
+    settings = {"max_num_seqs": 8, "max_model_len": 256, "num_cpus": 0.1, "num_gpus": num_gpus}
+    return {
+        "large": spec("large"),
+        "base": spec("base"),
+        "experts": {name: spec(name) for name in experts},
+        "engine": {**settings, **engine},
+    }
 
 
+def family_of(folder: Path, experts=EXPERTS, fusion=None, **settings) -> Family:
+    return Family.from_dict({**settings_of(folder, experts, **settings), "fusion": fusion or {}})
+
+
+def family_file(folder, to, experts=EXPERTS, **settings):
+    to.write_text(yaml.safe_dump(settings_of(folder, experts, **settings)))
+    return str(to)
+
+
+def prompts_of(count, longest=200, seed=0):
+    """Token ids of `count` prompts, between 1 and `longest` long."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, longest, *rng.integers(1, longest, size=max(0, count - 2))][:count]
+    return [rng.integers(1, 300, size=length).tolist() for length in lengths]
+
+
+def params_of(count, seed=1):
+    """Different lengths, so that sequences leave, and others join, at different steps."""
+    rng = np.random.default_rng(seed)
+    return [SamplingParams(max_tokens=int(n)) for n in rng.integers(3, 16, size=count)]
+
+
+def dlf(*words):
+    """Runs the `dlf` command in this process."""
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, words)))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def figure(record_property):
+    """Takes a sentence with what was measured, shown after the last test."""
+    return lambda text: record_property(FIGURES, text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = (each for kind in terminalreporter.stats.values() for each in kind)
+    told = [
+        f"{report.nodeid}: {text}"
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, text in report.user_properties
+        if name == FIGURES
+    ]
+    if told:
+        terminalreporter.section("figures")
+        for line in told:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +160,82 @@ def ray_cluster():
     import ray
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # actors import the tests' own workers
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def engine_of(ray_cluster):
+    """Starts engines that end with the test, if not before."""
+    with contextlib.ExitStack() as started:
+        yield lambda family, **options: started.enter_context(Engine(family, **options))
+
+
+@pytest.fixture
+def program():
+    """Starts programs that end with the test, if not before."""
+    with contextlib.ExitStack() as started:
+
+        def start(*command, stderr=subprocess.PIPE, **options):
+            process = subprocess.Popen(
+                list(map(str, command)), stdout=subprocess.PIPE, stderr=stderr, text=True, **options
+            )
+            started.callback(end, process)
+            return process
+
+        yield start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _module_leaves_nothing():
+    """The first of a module's fixtures, so that it ends last."""
+    yield
+    if found := _leftovers(kept=()):
+        pytest.fail(f"left behind, now removed: {found}")
+
+
+@pytest.fixture(autouse=True)
+def _test_leaves_nothing(_module_leaves_nothing):
+    """Beside the engines of the module's own fixtures. Serve makes and frees room by itself."""
+    ours = _our_cluster()
+    kept = groups() if ours and not _served() else None
+    yield
+    if kept is not None and not _served() and (found := _leftovers(kept)):
+        pytest.fail(f"left behind, now removed: {found}")
+
+
+def _our_cluster():
+    import ray
+
+    return ray.is_initialized()
+
+
+def _served():
+    """Whether Serve runs on our cluster."""
+    import ray
+
+    every = ray.util.list_named_actors(all_namespaces=True)
+    return any(each["name"] == "SERVE_CONTROLLER_ACTOR" for each in every)
+
+
+def _leftovers(kept):
+    """Frees what the tests so far have left on the cluster, beside `kept`; says what it was."""
+    if not _our_cluster():
+        return []
+    import ray
+    from ray import serve
+    from ray._raylet import PlacementGroupID
+
+    found = []
+    if not settled(lambda: not _served(), timeout_s=20):
+        found.append("Serve")
+        serve.shutdown()
+    if not settled(lambda: set(groups()) <= set(kept), timeout_s=20):
+        left = set(groups()) - set(kept)
+        found += sorted(left)
+        for id in left:  # and with it, whatever lives in it
+            group = ray.util.placement_group.PlacementGroup(PlacementGroupID.from_hex(id))
+            ray.util.remove_placement_group(group)
+        settled(lambda: set(groups()) <= set(kept))
+    return found

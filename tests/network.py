@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from processes import BIN, PATIENCE_S
 
-BIN = Path(sys.executable).parent
 PORT = 6379  # in a network of its own, nobody else has it
-START_TIMEOUT_S = 120
 APART = [
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"),
@@ -137,7 +136,7 @@ def _ip(process, words):
 
 def _wait(made):
     """Until all nodes have joined."""
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     error = "no Ray yet"
     while time.monotonic() < deadline:
         for node in made.nodes:
@@ -145,7 +144,7 @@ def _wait(made):
         counted = subprocess.run(
             made.command(sys.executable, "-c", COUNT_NODES, len(made.nodes)),
             env=made.environment,
-            timeout=START_TIMEOUT_S,
+            timeout=PATIENCE_S,
             capture_output=True,
             text=True,
             check=False,
@@ -159,7 +158,7 @@ def _wait(made):
 
 def _end(process):
     process.kill()  # and with it all processes of its namespaces
-    process.wait(30)
+    process.wait(PATIENCE_S)
 
 
 def main():

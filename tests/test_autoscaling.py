@@ -1,5 +1,6 @@
 """A family that needs nodes which do not exist yet, on the many-node stand-in of cluster/."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from conftest import family_of
-from test_jobs import BIN, ROOT, free_port
+from processes import BIN, PATIENCE_S, ROOT, end, free_port
 
 from dlf_ray import LocalEngine, SamplingParams
 
@@ -60,16 +61,16 @@ def cluster():
         stderr=subprocess.DEVNULL,
     )
     yield environment
-    of_head = psutil.Process(head.pid).children(recursive=True)
     # What the autoscaler started may have lost its parents.
     strays = [
         process
         for process in psutil.process_iter(["cmdline"])
         if address in " ".join(process.info["cmdline"] or ())
     ]
-    for process in {*of_head, *strays, psutil.Process(head.pid)}:
-        process.kill()
-    head.wait(30)
+    end(head)
+    for process in strays:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -86,7 +87,7 @@ from dlf_ray.capacity import possible
 def nodes():
     return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
-def wait_until(condition, timeout_s=90):
+def wait_until(condition, timeout_s=240):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, nodes()
@@ -114,7 +115,7 @@ with Engine(Family.from_dict(told["family"])) as engine:
     # From a node of the autoscaler's, the limits that lie on the head are read as well.
     elsewhere = NodeAffinitySchedulingStrategy(next(n for n in nodes() if n != head), soft=False)
     look = ray.remote(num_cpus=0)(possible).options(scheduling_strategy=elsewhere)
-    told["more"] = ray.get(look.remote(), timeout=60).max_more
+    told["more"] = ray.get(look.remote(), timeout=120).max_more
     told["missing"] = refused(told["nowhere"])
     passed("generated, refused")
 wait_until(lambda: nodes() == [head])
@@ -134,7 +135,7 @@ def test_nodes_come_for_a_family_and_go_after_it(cluster, folder):
         },
         "engine": {
             **{"num_cpus": 0.5, "max_num_seqs": 8, "max_model_len": 256},
-            "placement_timeout_s": 120,
+            "placement_timeout_s": 2 * PATIENCE_S,
         },
     }
     large = {**family, "large": {**family["large"], "resources": {"large": 2}}}
@@ -149,7 +150,7 @@ def test_nodes_come_for_a_family_and_go_after_it(cluster, folder):
         env=cluster,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=4 * PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

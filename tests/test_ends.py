@@ -1,49 +1,24 @@
 """How an engine ends: cleanly, whether it was closed, interrupted, or could not start at all."""
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
-import time
+from pathlib import Path
 
-import psutil
 import pytest
 import ray
 import tiny
-from conftest import family_of
+from conftest import family_file, family_of
+from processes import PATIENCE_S, actors, groups, settled
+from workers import Light, Unloadable
 
 from dlf_ray import Engine, EngineError
-from dlf_ray.worker import ModelWorker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def actors():
-    """The processes of our actors, below our own cluster's; Ray names them after their class."""
-    names = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            names.append(" ".join(process.cmdline()))
-    return [name for name in names if "ray::WorkerActor" in name or "ray::CoordinatorActor" in name]
-
-
-def groups():
-    return [
-        group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"
-    ]
-
-
-def settled(condition, timeout_s=20.0):
-    """Waits until `condition` holds; processes need a moment to go."""
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
-def test_nothing_is_left_after_the_end(folder):
-    engine = Engine(family_of(folder, experts=("math",)))
+def test_nothing_is_left_after_the_end(engine_of, light_folder):
+    engine = engine_of(family_of(light_folder, experts=("math",)), worker=Light)
     assert len(groups()) == 1
     engine.generate([5])
     engine.close()
@@ -54,14 +29,20 @@ def test_nothing_is_left_after_the_end(folder):
         engine.generate([5])
 
 
-def refused(family, words, error=ValueError, timeout_s=40, **kwargs):
-    """The engine does not start, says why in time, and leaves nothing behind."""
-    began = time.monotonic()
-    with pytest.raises(error, match=words):
+def refused(family, words, error=ValueError, **kwargs):
+    """The engine does not start, says why, and leaves nothing behind."""
+    with pytest.raises(error, match=words) as caught:
         Engine(family, **kwargs)
-    assert time.monotonic() - began < timeout_s
     assert settled(lambda: not groups())
     assert settled(lambda: not actors()), actors()
+    return caught.value
+
+
+def refused_at_once(family, words):
+    """Before any room is asked for."""
+    before = set(ray.util.placement_group_table())
+    refused(family, words)
+    assert set(ray.util.placement_group_table()) == before
 
 
 def test_a_missing_folder_is_named(folder):
@@ -85,9 +66,7 @@ def test_tokenizers_that_differ_are_named_with_the_first_difference(folder, tmp_
 
 def test_a_cluster_that_is_too_small_says_what_is_needed(folder):
     family = family_of(folder, experts=("math",), num_cpus=100)
-    refused(
-        family, r"100\.3 CPUs are needed, the cluster has 4(.|\n)*coordinator: 100 CPU", timeout_s=5
-    )
+    refused_at_once(family, r"100\.3 CPUs are needed, the cluster has 4(.|\n)*coordinator: 100 CPU")
     family = type(family).from_dict(
         {
             "large": {"model": family.large.model, "num_gpus": 2},
@@ -95,74 +74,78 @@ def test_a_cluster_that_is_too_small_says_what_is_needed(folder):
             "experts": {},
         }
     )
-    refused(family, "2 GPUs are needed, the cluster has 0", timeout_s=5)
+    refused_at_once(family, "2 GPUs are needed, the cluster has 0")
 
 
-def test_room_that_others_hold_is_waited_for_so_long_only(folder):
+@pytest.fixture
+def hog(ray_cluster):
     @ray.remote(num_cpus=4)
     class Hog:
         def ready(self):
             return True
 
-    hog = Hog.remote()
-    ray.get(hog.ready.remote(), timeout=30)
+    actor = Hog.remote()
+    ray.get(actor.ready.remote(), timeout=PATIENCE_S)
+    yield
+    ray.kill(actor)
+
+
+def test_room_that_others_hold_is_waited_for_so_long_only(hog, folder):
     family = family_of(folder, experts=("math",), placement_timeout_s=1)
     refused(family, "needs 0.4 CPU, free are 0 CPU", error=EngineError)
-    ray.kill(hog)
 
 
-class Unloadable(ModelWorker):
-    def load(self):
-        import a_module_that_is_not_there
-
-        return a_module_that_is_not_there
-
-
-def test_a_worker_that_cannot_import_shows_its_traceback(folder):
-    family = family_of(folder, experts=("math",))
-    began = time.monotonic()
-    with pytest.raises(EngineError, match="No module named 'a_module_that_is_not_there'") as caught:
-        Engine(family, worker=Unloadable)
-    assert time.monotonic() - began < 40
-    assert "in load" in str(caught.value.__cause__)  # the worker's own traceback
-    assert settled(lambda: not groups())
+def test_a_worker_that_cannot_import_shows_its_traceback(light_folder):
+    family = family_of(light_folder, experts=("math",))
+    words = "No module named 'a_module_that_is_not_there'"
+    error = refused(family, words, error=EngineError, worker=Unloadable)
+    assert "in load" in str(error.__cause__)  # the worker's own traceback
 
 
 SCRIPT = """
 import sys
 from dlf_ray import Engine, Family, SamplingParams
-with Engine(Family.from_yaml(sys.argv[1])) as engine:
+from workers import Light
+with Engine(Family.from_yaml(sys.argv[1]), worker=Light) as engine:
     while True:  # a context is filled within a second
         for piece in engine.stream([5], SamplingParams(max_tokens=100_000, ignore_eos=True)):
             print("token", flush=True)
 """
 
 
+def mapped(name):
+    """Whether a process works with a file of the shared memory."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if f"/dev/shm/{name}" in maps.read_text():
+                return True
+        except OSError:  # the process has ended, or is not ours
+            continue
+    return False
+
+
+def left_in_memory(before):
+    """Files of the shared memory that are new and nobody's; other clusters have theirs there."""
+    return [name for name in set(os.listdir("/dev/shm")) - before if not mapped(name)]
+
+
 @pytest.mark.parametrize(
     "end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name
 )
-def test_a_program_that_is_ended_leaves_nothing(folder, tmp_path, end):
+def test_a_program_that_is_ended_leaves_nothing(program, light_folder, tmp_path, end):
     """A program of its own that generates on the cluster of these tests, which go on beside it."""
-    lines = ["experts:", f"  math: {{model: {folder / 'math'}, num_cpus: 0.1}}"]
-    lines += [f"{n}: {{model: {folder / n}, num_cpus: 0.1}}" for n in ("large", "base")]
-    lines += ["engine: {num_cpus: 0.1, max_model_len: 512}"]
-    file = tmp_path / "family.yaml"
-    file.write_text("\n".join(lines))
-    address = ray.get_runtime_context().gcs_address
+    file = family_file(light_folder, tmp_path / "family.yaml", ("math",), max_model_len=512)
     memory = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(file)],
-        env={**os.environ, "RAY_ADDRESS": address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    address = ray.get_runtime_context().gcs_address
+    process = program(
+        sys.executable, "-c", SCRIPT, file, env={**os.environ, "RAY_ADDRESS": address}
     )
     assert process.stdout.readline() == "token\n"
     assert len(groups()) == 1
     process.send_signal(end)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     if end == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
     assert settled(lambda: not groups())
     assert settled(lambda: not actors()), actors()
-    assert set(os.listdir("/dev/shm")) <= memory
+    assert settled(lambda: not left_in_memory(memory)), left_in_memory(memory)

@@ -3,29 +3,19 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from conftest import EXPERTS
+from processes import BIN, PATIENCE_S, ROOT, end, free_port, settled
 
 from dlf_ray.results import read, summary
 
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 ITEMS = 100  # enough for the kill to come well before the end
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +25,7 @@ def cluster():
     port, dashboard = free_port(), free_port()
     environment = {
         **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # jobs find our Python by its name
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-the-tests-only-0123456789",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
@@ -52,21 +43,19 @@ def cluster():
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 90
-    while subprocess.run(  # it answers before it can take jobs
-        [BIN / "ray", "job", "submit", "--", "true"],
-        env=environment,
-        capture_output=True,
-        check=False,
-    ).returncode:
-        assert time.monotonic() < deadline, "the cluster did not come up"
-        assert head.poll() is None
-        time.sleep(1)
-    yield environment
-    for process in (*psutil.Process(head.pid).children(recursive=True), head):
-        process.kill()
-    head.wait(30)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+
+        def takes_jobs():  # it answers before it can
+            assert head.poll() is None
+            first = [BIN / "ray", "job", "submit", "--", "true"]
+            done = subprocess.run(first, env=environment, capture_output=True, check=False)
+            return done.returncode == 0
+
+        assert settled(takes_jobs), "the cluster did not come up"
+        yield environment
+    finally:
+        end(head)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -94,45 +83,48 @@ def experiment(folder, tmp_path):
     return work, tmp_path / "results"
 
 
-def submit(environment, work, *words):
-    command = [BIN / "ray", "job", "submit", "--working-dir", work, "--", "python", "evaluate.py"]
-    return subprocess.Popen(
-        [*command, "experiment.yaml", *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def submit(cluster, program):
+    """Submits the job of a working directory; the program shows its log and ends as it does."""
+
+    def start(work, *words):
+        command = [BIN / "ray", "job", "submit", "--working-dir", work, "--", "python"]
+        command += ["evaluate.py", "experiment.yaml", *words]
+        return program(*command, env=cluster, stderr=subprocess.STDOUT)
+
+    return start
 
 
 def comparable(folder):
     return read(folder).drop_columns(["seconds"]).to_pylist()
 
 
-def test_a_job_that_is_killed_goes_on_when_submitted_again(cluster, experiment, tmp_path):
+def drivers():
+    """The processes of our jobs."""
+    every = psutil.process_iter(["cmdline"])
+    return [each for each in every if (each.info["cmdline"] or [])[:2] == ["python", "evaluate.py"]]
+
+
+def test_a_job_that_is_killed_goes_on_when_submitted_again(submit, experiment, tmp_path):
     work, results = experiment
-    whole = submit(cluster, work, "--output", str(tmp_path / "whole"))
-    log, _ = whole.communicate(timeout=180)
+    whole = submit(work, "--output", tmp_path / "whole")
+    log, _ = whole.communicate(timeout=2 * PATIENCE_S)
     assert whole.returncode == 0, log
     assert f"items, dynamic: {ITEMS}/{ITEMS} items" in log
 
-    first = submit(cluster, work)
-    deadline = time.monotonic() + 120
+    first = submit(work)
+    deadline = time.monotonic() + PATIENCE_S
     while not list(results.glob("part-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    drivers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"][:2] == ["python", "evaluate.py"]
-    ]
-    assert drivers
-    for process in drivers:
+        time.sleep(0.02)
+    found = drivers()
+    assert found
+    for process in found:
         process.send_signal(signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE_S)
     assert first.returncode != 0
 
-    second = submit(cluster, work, "--num-replicas", "2")
-    log, _ = second.communicate(timeout=180)
+    second = submit(work, "--num-replicas", "2")
+    log, _ = second.communicate(timeout=2 * PATIENCE_S)
     assert second.returncode == 0, log
     assert "[2/2]" in log
     rows = summary(read(results))
@@ -142,12 +134,12 @@ def test_a_job_that_is_killed_goes_on_when_submitted_again(cluster, experiment, 
     assert comparable(results) == comparable(tmp_path / "whole")
 
 
-def test_a_job_that_fails_says_why_and_exits_with_an_error(cluster, experiment):
+def test_a_job_that_fails_says_why_and_exits_with_an_error(submit, experiment):
     work, results = experiment
     file = work / "experiment.yaml"
     file.write_text(file.read_text().replace("static", "statistic"))
-    job = submit(cluster, work)
-    log, _ = job.communicate(timeout=120)
+    job = submit(work)
+    log, _ = job.communicate(timeout=PATIENCE_S)
     assert job.returncode != 0
     assert "unknown method 'statistic'" in log
     assert not results.exists()
@@ -165,7 +157,7 @@ def test_who_has_no_token_is_told_what_to_set(cluster, experiment, folder):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 1

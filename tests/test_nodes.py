@@ -3,6 +3,7 @@
 The pytest process stays outside; this file, run as a script on the head, drives the engine there.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from types import SimpleNamespace
 import network
 import pytest
 import report
-from conftest import EXPERTS, family_of
-from test_local import prompts_of
+from conftest import EXPERTS, family_of, prompts_of
+from processes import PATIENCE_S, end
 
 from dlf_ray import SamplingParams
 
@@ -57,7 +58,8 @@ def drive(folder):
 @pytest.fixture(scope="module")
 def driven(folder):
     """What the driver reported, and the bytes that the coordinator's node received meanwhile."""
-    with network.network(3, num_cpus=2) as nodes:
+    with contextlib.ExitStack() as clean:
+        nodes = clean.enter_context(network.network(3, num_cpus=2))
         driver = subprocess.Popen(
             nodes.command(sys.executable, __file__, folder),
             env=nodes.environment,
@@ -66,18 +68,19 @@ def driven(folder):
             stderr=subprocess.PIPE,
             text=True,
         )
+        clean.callback(end, driver)
         first = driver.stdout.readline()
         if not first:
-            pytest.fail(driver.communicate(timeout=60)[1])
+            pytest.fail(driver.communicate(timeout=PATIENCE_S)[1])
         before = [nodes.received(i) for i in range(3)]
         driver.stdin.write("\n")
         driver.stdin.flush()
         told = json.loads(driver.stdout.readline())
         received = [nodes.received(i) - before[i] for i in range(3)]
-        _, errors = driver.communicate("\n", timeout=60)
+        _, errors = driver.communicate("\n", timeout=PATIENCE_S)
         assert driver.returncode == 0, errors
         head = nodes.addresses.index(told["nodes"]["coordinator"])
-        yield SimpleNamespace(**told, received=received[head])
+    return SimpleNamespace(**told, received=received[head])
 
 
 def test_who_is_on_another_node_does_not_share_memory(driven):
@@ -94,17 +97,16 @@ def test_spread_over_nodes_it_gives_what_the_oracle_gives(driven, oracle):
         oracle.check(prompt, SimpleNamespace(**answer, error=None), EXPERTS)
 
 
-def test_little_more_than_the_logits_crosses_the_network(driven, capsys):
+def test_little_more_than_the_logits_crosses_the_network(driven, figure):
     """Beside them: encryption, headers, acknowledgements of plans, and Ray's own heartbeats."""
     remote = sum(not shared for shared in driven.shares_memory.values())
     floor = remote * ROWS * TOKENS * VOCAB * 4
-    with capsys.disabled():
-        print(
-            f"\n{remote} of {len(driven.shares_memory)} models on other nodes, "
-            f"{driven.received / driven.steps:.0f} bytes a step received, "
-            f"floor {floor / driven.steps:.0f}, "
-            f"{1000 * driven.seconds / driven.steps:.1f} ms a step"
-        )
+    figure(
+        f"{remote} of {len(driven.shares_memory)} models on other nodes, "
+        f"{driven.received / driven.steps:.0f} bytes a step received, "
+        f"floor {floor / driven.steps:.0f}, "
+        f"{1000 * driven.seconds / driven.steps:.1f} ms a step"
+    )
     assert floor <= driven.received < 1.2 * floor
 
 

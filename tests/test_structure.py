@@ -16,7 +16,7 @@ LIBRARIES = {
     "starlette": {"http", "serve"},
     "pydantic": {"serve", "replica", "openai"},
     "zmq": {"transport", "bench"},
-    "transformers": {"loading", "runner", "train", "demo"},
+    "transformers": {"loading", "cache", "train", "demo"},
     "typer": {"cli"},
     "datasets": {"tasks.data"},
     "rouge_score": {"tasks.common"},

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-EOS = "<|end|>"
+EOS, BOS = "<|end|>", "<|begin|>"
 CORPUS = """\
 The sum of two and three is five. If a train leaves at noon and runs for four hours, it arrives at
 four. def add(a, b): return a + b. Question: what is 12 times 7? Answer: 84. Is the moon made of
@@ -48,11 +50,30 @@ ARCHS: Mapping[str, Mapping[str, Any]] = {
 """What each architecture adds to the common settings; the part before `_sliding` is its type."""
 
 
-def tokenizer(folder: str | Path, vocab: int = 300) -> PreTrainedTokenizerFast:
-    """Saves a byte-level BPE tokenizer of at most `vocab` (at least 257) tokens, eos included."""
+def tokenizer(
+    folder: str | Path,
+    vocab: int = 300,
+    bos: bool = False,
+    corpus: str = CORPUS,
+    words: bool = True,
+) -> PreTrainedTokenizerFast:
+    """Saves a byte-level BPE tokenizer of at most `vocab` (at least 258) tokens, eos included.
+
+    With `bos`, every text begins with `BOS`. Without `words`, tokens reach over anything, line
+    breaks too.
+    """
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([CORPUS], vocab, min_frequency=1, special_tokens=[EOS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS)
+    if not words:
+        bpe._tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    special = [EOS, BOS] if bos else [EOS]
+    bpe.train_from_iterator([corpus], vocab, min_frequency=1, special_tokens=special)
+    more = {}
+    if bos:
+        more["bos_token"] = BOS
+        bpe._tokenizer.post_processor = TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=EOS, **more)
     fast.save_pretrained(folder)
     return fast
 
@@ -66,6 +87,7 @@ def model(
     seed: int = 0,
     std: float = 0.4,
     dtype: torch.dtype = torch.float32,
+    bos: bool = False,
     **config: Any,
 ) -> Path:
     """Saves a random model of one of `ARCHS` with its tokenizer; returns the folder.
@@ -74,7 +96,7 @@ def model(
     the number of rows of the embedding; `config` overrides single settings.
     """
     folder = Path(folder)
-    eos = tokenizer(folder, vocab).eos_token_id
+    eos = tokenizer(folder, vocab, bos).eos_token_id
     settings = {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,

@@ -1,0 +1,71 @@
+"""What tests see of processes, and how they wait: for as long as it takes, no longer."""
+
+import contextlib
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+PATIENCE_S = 120.0
+"""For what takes seconds: so long only on a machine that has a lot else to do, or never."""
+
+
+def settled(condition, timeout_s=PATIENCE_S):
+    """Waits until `condition` holds; returns what it was in the end."""
+    deadline = time.monotonic() + timeout_s
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return held
+
+
+def below(*names):
+    """Our own cluster's processes whose title has one of `names`; Ray titles them by class and
+    method ("ray::WorkerActor.serve")."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if any(name in title for name in names):
+                found.append(process)
+    return found
+
+
+def alive(pid):
+    """Whether a process still runs; one that nobody has asked how it ended does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def actors():
+    """The processes of our actors."""
+    return below("ray::WorkerActor", "ray::CoordinatorActor")
+
+
+def groups():
+    """The placement groups that our cluster has."""
+    import ray
+
+    every = ray.util.placement_group_table()
+    return [id for id, group in every.items() if group["state"] != "REMOVED"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(process):
+    """Ends a process of ours with all below it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.kill()
+    process.wait(PATIENCE_S)

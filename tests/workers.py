@@ -1,0 +1,167 @@
+"""Workers for tests: a model that costs next to nothing to start, and deaths on demand.
+
+Actors import this file, and with it neither a test nor transformers: what a restart costs then is
+a process that imports Ray and torch.
+"""
+
+import itertools
+import os
+import signal
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+from dlf_ray.messages import Description
+from dlf_ray.worker import ModelWorker
+
+VOCAB = 300
+DOOM, CROWD = 298, 299
+"""Tokens: at the first a process dies if it is told to, too many of the second find no memory."""
+
+
+def light_model(folder: Path, vocab: int = VOCAB) -> Path:
+    """A folder that `Light` takes for a model's: its name gives the weights."""
+    folder.mkdir()
+    (folder / "vocab").write_text(str(vocab))
+    return folder
+
+
+class Numbers:
+    """A tokenizer of numbers, enough for prompts of token ids."""
+
+    def __init__(self, vocab):
+        self.vocab = vocab
+
+    def get_vocab(self):
+        return {str(i): i for i in range(self.vocab)}
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, **_):
+        return "".join(f" {id}" for id in ids)
+
+
+class Hashing:
+    """A runner without a checkpoint: its logits are drawn with a hash of all tokens so far.
+
+    So each depends on every token before it, and a state that is lost, stale or another sequence's
+    shows in the answer, while no batch changes a digit. Experts are a little away from the base,
+    as fine-tuned ones are.
+    """
+
+    def __init__(self, folder, vocab):
+        self.vocab = vocab
+        self.hashes = {}
+        """For each slot, that of its tokens up to each of its positions."""
+        self.seeds = [(3.0, zlib.crc32(b"large" if folder.name == "large" else b"base"))]
+        if folder.name not in ("large", "base"):
+            self.seeds.append((1.0, zlib.crc32(folder.name.encode())))
+
+    def describe(self):
+        return Description(
+            vocab=self.vocab,
+            tokenizer_digest=f"numbers below {self.vocab}",
+            eos_token_ids=(0,),
+            context=2**20,
+            parameters=0,
+            device="cpu",
+            dtype="float32",
+        )
+
+    def forward(self, plan):
+        before = dict(self.hashes)  # what is copied is as it was before this step
+        tokens = iter(plan.tokens.tolist())
+        sources = plan.sources.tolist() or [-1] * len(plan.slots)
+        chunks = zip(plan.slots, plan.starts, plan.lengths, plan.wants, sources, strict=True)
+        rows = []
+        for slot, start, length, wanted, source in chunks:
+            known = before.get(int(slot) if source < 0 else source, [])
+            assert start <= len(known), "a plan that goes on where nothing was computed"
+            hashes = known[:start]
+            for token in itertools.islice(tokens, int(length)):
+                last = hashes[-1] if hashes else 0
+                hashes.append(zlib.crc32(token.to_bytes(4, "little"), last))
+            self.hashes[int(slot)] = hashes
+            rows += map(self._logits, hashes[len(hashes) - wanted :])
+        return torch.stack(rows) if rows else torch.empty(0, self.vocab)
+
+    def _logits(self, seen):
+        draw = torch.Generator()
+        return sum(
+            size * torch.randn(self.vocab, generator=draw.manual_seed(seen ^ seed))
+            for size, seed in self.seeds
+        )
+
+    def forget(self):
+        self.hashes = {}
+
+
+class Light(ModelWorker):
+    """Serves a `Hashing`."""
+
+    def load(self):
+        torch.set_num_threads(1)
+        folder = Path(self.spec.model)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not there")
+        self.runner = Hashing(folder, int((folder / "vocab").read_text()))
+        return self.runner.describe()
+
+    def tokenizer(self):
+        return Numbers(self.runner.vocab)
+
+
+class _Mortal:
+    """Its process leaves its number beside the model (.pid), and looks there for what to do.
+
+    While there is a file .closed it does not load, while there is .held it does not go on from the
+    position that stands there, and as often as .doom says it dies of a token.
+    """
+
+    def load(self):
+        while self._told("closed") is not None:
+            time.sleep(0.05)
+        description = super().load()
+        beside(self.spec, "pid").write_text(str(os.getpid()))
+        return description
+
+    def compute(self, plan):
+        while (position := self._told("held")) and (plan.starts >= int(position)).any():
+            time.sleep(0.01)
+        if DOOM in plan.tokens and (lives := self._told("doom")):
+            doom = beside(self.spec, "doom")
+            doom.write_text(str(int(lives) - 1)) if int(lives) > 1 else doom.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if CROWD in plan.tokens and len(plan.slots) > 2 and "math" in self.spec.model:
+            raise torch.OutOfMemoryError("no room")
+        time.sleep(0.01)  # so that there is a middle of a generation
+        return super().compute(plan)
+
+    def _told(self, what):
+        try:
+            return beside(self.spec, what).read_text()
+        except FileNotFoundError:
+            return None
+
+
+def beside(spec, what):
+    """A file by which a test and a model's process tell each other something."""
+    return Path(f"{spec.model}.{what}")
+
+
+class Mortal(_Mortal, Light):
+    """A light model that dies."""
+
+
+class MortalModel(_Mortal, ModelWorker):
+    """A real one that does."""
+
+
+class Unloadable(ModelWorker):
+    def load(self):
+        import a_module_that_is_not_there
+
+        return a_module_that_is_not_there
