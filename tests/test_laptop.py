@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -194,6 +195,7 @@ with Engine(Family.from_yaml(sys.argv[1])) as engine:
 def test_a_family_without_numbers_starts_on_two_cpus(folder, tmp_path):
     """A cluster of its own, on which five actors would ask for five CPUs; and one more joins."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
     with tempfile.TemporaryDirectory(prefix="r-") as short:  # sockets' paths are to be short
         done = subprocess.run(
             [sys.executable, "-c", SMALL, str(bare(folder, tmp_path)), str(folder / "prose")],
