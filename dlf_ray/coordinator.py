@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from dlf_ray.config import BASE, LARGE, EngineConfig, Rule, Select
+from dlf_ray.errors import is_out_of_memory, sticks
 from dlf_ray.fusion import Aims, Fused, aim, weigh
 from dlf_ray.losses import Deaths, Losses, Suspects
 from dlf_ray.messages import (
@@ -113,7 +114,9 @@ class Group:
         if model in small and all(name in self.logits for name in small):
             try:
                 self._aim()
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.aims = None  # `fuse` tries fewer rows at once
 
     def _aim(self) -> None:
@@ -138,10 +141,10 @@ class Group:
             assert self.aims is not None
             steps, bounds = self._numbers("step"), self._numbers("bounds")
             return weigh(logits, self.aims, rule=self.kind.rule, step=steps, bounds=bounds)
-        except torch.OutOfMemoryError:
-            self.aims = None
-            if len(self.owners) == 1:
+        except Exception as error:
+            if len(self.owners) == 1 or not is_out_of_memory(error):
                 raise
+            self.aims = None
         middle = len(self.owners) // 2
         halves = [self._part(slice(middle)).fuse(), self._part(slice(middle, None)).fuse()]
         return Fused(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
@@ -410,10 +413,13 @@ class Coordinator:
 
     @contextmanager
     def _guarded(self, group: Group) -> Iterator[None]:
-        """Whatever is raised inside fails the sequences of one group, and nobody else."""
+        """Whatever is raised inside fails the sequences of one group, and nobody else; unless it
+        leaves this process of no more use."""
         try:
             yield
         except Exception as error:
+            if sticks(error):  # then no later step can be served either
+                raise
             log.exception("a step failed for %d sequences", len(group.sequences))
             group.error = f"it could not be fused or sampled: {type(error).__name__}: {error}"
             for sequence in group.sequences:

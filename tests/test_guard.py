@@ -227,3 +227,13 @@ def test_rows_are_fused_in_parts_where_memory_is_short(engine, expected, monkeyp
     outputs = engine.generate(prompts, SamplingParams(max_tokens=5))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.error for output in outputs] == [None] * 4
+
+
+def test_an_error_that_leaves_the_process_of_no_use_is_nobodys_alone(folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with LocalEngine(family_of(folder)) as broken_engine:
+        monkeypatch.setattr(loop, "weigh", broken)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            broken_engine.generate([5])
