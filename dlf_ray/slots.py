@@ -268,8 +268,8 @@ class Slots:
         taken_slots, taken_length = self._taken(model)
         slots, length = max(slots, taken_slots), max(length, taken_length)
         if slots * length > most:
-            # Alone it is let in: that it fits was looked at when the family started.
-            return None if taken_slots else (slots, length)
+            # Alone in the lowest it is let in: that it fits was looked at when the family started.
+            return (slots, length) if slots == 1 else None
         return max(slots, min(have_slots, most // length)), length
 
     def _taken(self, model: str) -> tuple[int, int]:
@@ -308,8 +308,7 @@ class Slots:
             assert set(slots) <= taken
         for model, most in self.positions.items():
             rows, length = self.shapes.get(model, (0, 0))
-            alone = sum(model in need for need in self._needs.values()) <= 1
-            assert rows * length <= most or alone
+            assert rows * length <= most or rows == 1
 
 
 def _rounded(length: int) -> int:

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from conftest import EXPERTS, family_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_scheduler import sequence
 
@@ -117,6 +117,7 @@ def test_models_of_one_node_share_its_memory(folder):
 
 
 @settings(max_examples=50, deadline=None)
+@example(lengths=[(146, 5), (79, 3), (118, 4), (240, 3), (22, 1)], slots=6, positions=12)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 200)), min_size=1, max_size=30),
     slots=st.integers(1, 12),
