@@ -12,6 +12,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too: the cores are shared
+# What they start, actors too, imports the tests' own modules.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ import torch
 import workers
 import yaml
 from oracle import Oracle
-from processes import end, groups, settled
+from processes import end, groups, one_at_a_time, settled
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -28,7 +32,10 @@ from dlf_ray import Engine, Family, SamplingParams
 from dlf_ray.cli import app
 
 EXPERTS = ("math", "facts", "prose")
-LONGEST_FIRST = ("serve", "faults", "jobs", "playground", "ends", "nodes", "autoscaling", "chaos")
+LONGEST_FIRST = (
+    *("serve", "faults", "jobs", "health", "experts", "playground", "nodes", "ends", "chaos"),
+    *("engine", "autoscaling", "serve_ends", "evaluate", "structure", "local", "links"),
+)
 """Of the test files, so that the two processes end at about the same time."""
 FIGURES = "figures"
 
@@ -159,8 +166,8 @@ def oracle(folder):
 def ray_cluster():
     import ray
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # actors import the tests' own workers
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with one_at_a_time():
+        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from processes import BIN, PATIENCE_S
+from processes import BIN, PATIENCE_S, one_at_a_time
 
 PORT = 6379  # in a network of its own, nobody else has it
 APART = [
@@ -104,27 +104,30 @@ def network(count, num_cpus=1):
                 time.sleep(0.01)
             return process
 
-        # The bridge is apart too: no firewall, no route, no clash with other networks.
-        switch = apart("sleep", "infinity").pid
-        _ip(switch, "link add bridge type bridge")
-        _ip(switch, "link set bridge up")
-        nodes = []
-        for i, address in enumerate(addresses):
-            head = ["--head", f"--port={PORT}", "--include-dashboard=false"]
-            ray = [BIN / "ray", "start", "--block", f"--node-ip-address={address}"]
-            ray += [f"--num-cpus={num_cpus}", f"--object-store-memory={100 * 2**20}"]
-            ray += ["--disable-usage-stats"]
-            ray += [f"--address={addresses[0]}:{PORT}"] if nodes else head
-            nodes.append(apart("sh", "-c", INIT, "sh", *ray))
-            node = nodes[-1].pid
-            _ip(switch, f"link add port{i} type veth peer name eth0 netns {node}")
-            _ip(switch, f"link set port{i} master bridge up")
-            _ip(node, f"address add {address}/24 dev eth0")
-            _ip(node, "link set lo up")
-            _ip(node, "link set eth0 up")
-            _ip(node, "route add default dev eth0")  # by which Ray finds its address
-        made = Network(addresses, nodes, {**environment, "RAY_ADDRESS": f"{addresses[0]}:{PORT}"})
-        _wait(made)
+        with one_at_a_time():
+            # The bridge is apart too: no firewall, no route, no clash with other networks.
+            switch = apart("sleep", "infinity").pid
+            _ip(switch, "link add bridge type bridge")
+            _ip(switch, "link set bridge up")
+            nodes = []
+            for i, address in enumerate(addresses):
+                head = ["--head", f"--port={PORT}", "--include-dashboard=false"]
+                ray = [BIN / "ray", "start", "--block", f"--node-ip-address={address}"]
+                ray += [f"--num-cpus={num_cpus}", f"--object-store-memory={100 * 2**20}"]
+                ray += ["--disable-usage-stats"]
+                ray += [f"--address={addresses[0]}:{PORT}"] if nodes else head
+                nodes.append(apart("sh", "-c", INIT, "sh", *ray))
+                node = nodes[-1].pid
+                _ip(switch, f"link add port{i} type veth peer name eth0 netns {node}")
+                _ip(switch, f"link set port{i} master bridge up")
+                _ip(node, f"address add {address}/24 dev eth0")
+                _ip(node, "link set lo up")
+                _ip(node, "link set eth0 up")
+                _ip(node, "route add default dev eth0")  # by which Ray finds its address
+            made = Network(
+                addresses, nodes, {**environment, "RAY_ADDRESS": f"{addresses[0]}:{PORT}"}
+            )
+            _wait(made)
         yield made
 
 

@@ -1,12 +1,15 @@
 """What tests see of processes, and how they wait: for as long as it takes, no longer."""
 
 import contextlib
+import fcntl
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -20,6 +23,15 @@ def settled(condition, timeout_s=PATIENCE_S):
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return held
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Meanwhile nobody else's cluster starts: Ray gives a node's agents 15 s and no more, which
+    several nodes that start at once, on cores that are busy, would need."""
+    with open(Path(tempfile.gettempdir(), "dlf_ray-tests.lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def below(*names):
@@ -53,6 +65,17 @@ def groups():
 
     every = ray.util.placement_group_table()
     return [id for id, group in every.items() if group["state"] != "REMOVED"]
+
+
+def refused(family, words, error=ValueError, **options):
+    """An engine does not start, says why, and leaves nothing behind."""
+    from dlf_ray import Engine
+
+    with pytest.raises(error, match=words) as caught:
+        Engine(family, **options)
+    assert settled(lambda: not groups())
+    assert settled(lambda: not actors()), actors()
+    return caught.value
 
 
 def free_port():

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 from conftest import family_of
-from processes import BIN, PATIENCE_S, ROOT, end, free_port
+from processes import BIN, PATIENCE_S, ROOT, end, free_port, one_at_a_time, settled
 
 from dlf_ray import LocalEngine, SamplingParams
 
@@ -42,36 +42,43 @@ def cluster():
         "RAY_ADDRESS": address,
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    head = subprocess.Popen(
-        [
-            *(BIN / "ray", "start", "--head", "--block", "--num-cpus=1", "--disable-usage-stats"),
-            *(f"--port={port}", f"--autoscaling-config={file}", f"--temp-dir={folder / 'ray'}"),
-            # The usual ports are of the cluster of the other tests, in this machine too.
-            *(f"--ray-client-server-port={free_port()}", "--include-dashboard=false"),
-            f"--dashboard-agent-listen-port={free_port()}",
-        ],
-        env={
-            **{key: value for key, value in environment.items() if key != "RAY_ADDRESS"},
-            "RAY_FAKE_CLUSTER": "1",
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    yield environment
+    command = [
+        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=1", "--disable-usage-stats"),
+        *(f"--port={port}", f"--autoscaling-config={file}", f"--temp-dir={folder / 'ray'}"),
+        # The usual ports are of the cluster of the other tests, in this machine too.
+        *(f"--ray-client-server-port={free_port()}", "--include-dashboard=false"),
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]
+    of_head = {
+        **{key: value for key, value in environment.items() if key != "RAY_ADDRESS"},
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    }
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    def up():
+        asked = [BIN / "ray", "status"]
+        return subprocess.run(asked, env=environment, check=False, **quiet).returncode == 0
+
+    with one_at_a_time():
+        head = subprocess.Popen(command, env=of_head, **quiet)
+        started = settled(up)
+    if started:
+        yield environment
+    end(head)
     # What the autoscaler started may have lost its parents.
     strays = [
         process
         for process in psutil.process_iter(["cmdline"])
         if address in " ".join(process.info["cmdline"] or ())
     ]
-    end(head)
     for process in strays:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)
+    assert started, "the cluster did not come up"
 
 
 DRIVER = """

@@ -9,10 +9,10 @@ import pytest
 import ray
 import tiny
 from conftest import family_file, family_of
-from processes import PATIENCE_S, actors, groups, settled
+from processes import PATIENCE_S, actors, groups, refused, settled
 from workers import Light, Unloadable
 
-from dlf_ray import Engine, EngineError
+from dlf_ray import EngineError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -27,15 +27,6 @@ def test_nothing_is_left_after_the_end(engine_of, light_folder):
     assert settled(lambda: not actors()), actors()
     with pytest.raises(EngineError, match="closed"):
         engine.generate([5])
-
-
-def refused(family, words, error=ValueError, **kwargs):
-    """The engine does not start, says why, and leaves nothing behind."""
-    with pytest.raises(error, match=words) as caught:
-        Engine(family, **kwargs)
-    assert settled(lambda: not groups())
-    assert settled(lambda: not actors()), actors()
-    return caught.value
 
 
 def refused_at_once(family, words):

@@ -317,13 +317,14 @@ from ray.cluster_utils import Cluster
 from conftest import family_of
 from pathlib import Path
 from dlf_ray import Engine, SamplingParams
-from processes import alive, settled
+from processes import alive, one_at_a_time, settled
 from workers import Mortal, beside
 
 small = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=small)
-nodes = [cluster.add_node(**small) for _ in range(2)]
-ray.init(cluster.address, log_to_driver=False)
+with one_at_a_time():
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    nodes = [cluster.add_node(**small) for _ in range(2)]
+    ray.init(cluster.address, log_to_driver=False)
 sampling = SamplingParams(max_tokens=60, ignore_eos=True)
 family = family_of(Path(sys.argv[1]), experts=("math",), placement_strategy="SPREAD")
 with Engine(family, worker=Mortal) as engine:

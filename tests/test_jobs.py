@@ -1,5 +1,6 @@
 """Experiments as Ray jobs, on a cluster of their own that was started from the command line."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import psutil
 import pytest
 import yaml
 from conftest import EXPERTS
-from processes import BIN, PATIENCE_S, ROOT, end, free_port, settled
+from processes import BIN, PATIENCE_S, ROOT, end, free_port, one_at_a_time, settled
 
 from dlf_ray.results import read, summary
 
@@ -32,30 +33,26 @@ def cluster():
         "ADDRESS_OF_THE_HEAD": f"127.0.0.1:{port}",
     }
     environment.pop("RAY_ADDRESS", None)
-    head = subprocess.Popen(
-        [
-            *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-            *(f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
-            # The cluster of the other tests, in this machine too, has the usual port.
-            f"--dashboard-agent-listen-port={free_port()}",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    command = [
+        *(BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+        *(f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
+        # The cluster of the other tests, in this machine too, has the usual port.
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
-        def takes_jobs():  # it answers before it can
-            assert head.poll() is None
-            first = [BIN / "ray", "job", "submit", "--", "true"]
-            done = subprocess.run(first, env=environment, capture_output=True, check=False)
-            return done.returncode == 0
+    def takes_jobs():  # it answers before it can
+        assert head.poll() is None
+        first = [BIN / "ray", "job", "submit", "--", "true"]
+        return subprocess.run(first, env=environment, check=False, **quiet).returncode == 0
 
-        assert settled(takes_jobs), "the cluster did not come up"
+    with contextlib.ExitStack() as clean:
+        clean.callback(shutil.rmtree, folder, ignore_errors=True)
+        with one_at_a_time():
+            head = subprocess.Popen(command, env=environment, **quiet)
+            clean.callback(end, head)
+            assert settled(takes_jobs), "the cluster did not come up"
         yield environment
-    finally:
-        end(head)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -179,8 +179,11 @@ import report
 answer = report.apart()
 import ray
 from dlf_ray import Engine, Family
+from processes import one_at_a_time
 
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
+small = {"include_dashboard": False, "object_store_memory": 80_000_000}
+with one_at_a_time():
+    ray.init("local", num_cpus=2, log_to_driver=False, **small)
 with Engine(Family.from_yaml(sys.argv[1])) as engine:
     before = engine.generate([5, 6])[0].token_ids
     engine.add_expert("prose", {"model": sys.argv[2]})

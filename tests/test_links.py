@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import ray
 import zmq
-from test_transport import VOCAB, answers, hub_of, logits, plan, start
+from parts import VOCAB, answers, hub_of, logits, plan, start
 
 import dlf_ray.engine
 from dlf_ray import Engine, EngineError, Family, SamplingParams

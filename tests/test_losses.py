@@ -1,58 +1,14 @@
 """Losses of models in the coordinator and the scheduler, at any moment, without any process."""
 
-import random
-
 import pytest
 import torch
 from conftest import EXPERTS, family_of, params_of, prompts_of
+from parts import Flaky, flaky
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.local import LocalFabric
 from dlf_ray.losses import STRIKES
-from dlf_ray.messages import Lost, Ready
 from dlf_ray.worker import ModelWorker
-
-
-class Flaky(LocalFabric):
-    """Loses models at random: before they compute, after, or between two steps."""
-
-    def __init__(self, workers, chance, seed=0):
-        super().__init__(workers)
-        self.random, self.chance = random.Random(seed), chance
-        self.away = {}
-        """For each model that is away, in how many steps it will be back."""
-        self.losses = 0
-
-    def lose(self, name):
-        self.losses += 1
-        self.away[name] = self.random.randrange(4)
-        self._workers[name].runner.forget()
-        return name, Lost("died")
-
-    def receive(self, plans):
-        assert not set(plans) & set(self.away), "a plan for a model that is away"
-        for name, answer in super().receive(plans):
-            if self.random.random() < self.chance:
-                yield self.lose(name)
-            else:
-                yield name, answer
-
-    def changes(self):
-        for name in self._workers:
-            if name not in self.away:
-                if self.random.random() < self.chance / 2:
-                    yield self.lose(name)
-            elif self.away[name] > 0:
-                self.away[name] -= 1
-            else:
-                del self.away[name]
-                yield name, Ready()
-
-
-def flaky(engine, **kwargs):
-    """Makes an engine's models come and go."""
-    engine.coordinator.fabric = Flaky(engine.coordinator.fabric._workers, **kwargs)
-    return engine.coordinator.fabric
 
 
 @pytest.mark.parametrize("chunk", [24, 4096], ids=["chunked", "whole"])

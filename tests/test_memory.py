@@ -8,7 +8,7 @@ import torch
 from conftest import EXPERTS, family_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_scheduler import sequence
+from parts import sequence
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.messages import LENGTH_STEP

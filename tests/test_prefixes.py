@@ -6,7 +6,7 @@ import pytest
 from conftest import family_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scheduler import sequence
+from parts import sequence
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.scheduler import Scheduler

@@ -3,8 +3,7 @@
 import time
 
 from conftest import EXPERTS, family_of
-from test_losses import flaky
-from test_scheduler import LARGE_ALONE, sequence
+from parts import LARGE_ALONE, flaky, sequence
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.messages import Request

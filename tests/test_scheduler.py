@@ -4,27 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parts import FUSION, LARGE_ALONE, sequence
 
-from dlf_ray import SamplingParams
-from dlf_ray.messages import FusionParams, Plan, Request
-from dlf_ray.scheduler import Scheduler, Sequence
-
-FUSION = FusionParams(
-    rule="grid", select="paper", step=0.1, experts=("math",), bounds=((0.0, 2.0),)
-)
-LARGE_ALONE = FusionParams(rule="grid", select="paper", step=0.1, experts=(), bounds=())
-
-
-def sequence(id, prompt, new=3, prompts=None, fusion=FUSION, continuation=()):
-    request = Request(
-        id=id,
-        prompt=tuple(prompt),
-        prompts=prompts or {},
-        continuation=tuple(continuation),
-        sampling=SamplingParams(max_tokens=new),
-        fusion=fusion,
-    )
-    return Sequence(request, room=new)
+from dlf_ray.messages import Plan
+from dlf_ray.scheduler import Scheduler
 
 
 def drive(scheduler, seen, caches, shared=None):

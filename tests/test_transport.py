@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from parts import ROWS, VOCAB, answers, hub_of, logits, plan, start
 
 from dlf_ray import SamplingParams
 from dlf_ray.messages import (
@@ -31,9 +32,8 @@ from dlf_ray.messages import (
     Ready,
     Request,
 )
-from dlf_ray.transport import ClientLink, Connection, Hub, WorkerLink
+from dlf_ray.transport import ClientLink, Connection, WorkerLink
 
-ROWS, VOCAB = 4, 50
 REQUEST = Request(
     id=3,
     prompt=(1, 2, 3),
@@ -55,43 +55,6 @@ def hub():
     made = hub_of(20)
     yield made
     made.close()
-
-
-def hub_of(step_timeout_s, kill=lambda process: None):
-    return Hub(
-        "127.0.0.1",
-        ["large", "base"],
-        rows=ROWS,
-        vocab=VOCAB,
-        step_timeout_s=step_timeout_s,
-        kill=kill,
-    )
-
-
-def plan(step, rows=1):
-    ones = np.ones(rows, dtype=np.int32)
-    return Plan(step, np.arange(rows, dtype=np.int32), 0 * ones, ones, ones, 7 * ones)
-
-
-def logits(step, rows=1, dtype=torch.float32, seed=0):
-    values = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return Logits(step, values, np.ones(rows, dtype=np.bool_), 0.25)
-
-
-def start(hub, name, answer, memory=True, process=None):
-    """A worker that answers each plan with `answer(link, plan)`, on a thread of its own."""
-    connection = hub.connection(name)
-    if not memory:
-        connection = dataclasses.replace(connection, memory=None)
-
-    def loop():
-        link = WorkerLink(connection, name, process)
-        for each in link.plans():
-            answer(link, each)
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "socket"])
@@ -182,11 +145,6 @@ def test_an_answer_to_an_earlier_step_is_not_taken_for_this_one(hub):
     hub.wait_for_workers(20)
     hub.send({"large": plan(5)})
     assert [each.step for _, each in hub.receive({"large": plan(5)})] == [5]
-
-
-def answers(hub, plans):
-    hub.send(plans)
-    return [(name, type(answer)) for name, answer in hub.receive(plans)]
 
 
 def test_a_worker_that_does_not_start_is_named(hub):

@@ -72,7 +72,9 @@ class Hashing:
         )
 
     def forward(self, plan):
-        before = dict(self.hashes)  # what is copied is as it was before this step
+        before = self.hashes  # what is copied is as it was before this step
+        kept = {slot: known for slot, known in before.items() if slot < plan.keep}
+        self.hashes = {slot: known[: plan.keep_length] for slot, known in kept.items()}
         tokens = iter(plan.tokens.tolist())
         sources = plan.sources.tolist() or [-1] * len(plan.slots)
         chunks = zip(plan.slots, plan.starts, plan.lengths, plan.wants, sources, strict=True)
@@ -99,19 +101,23 @@ class Hashing:
         self.hashes = {}
 
 
+def _vocab(folder):
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there")
+    return int((folder / "vocab").read_text())
+
+
 class Light(ModelWorker):
     """Serves a `Hashing`."""
 
     def load(self):
         torch.set_num_threads(1)
         folder = Path(self.spec.model)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not there")
-        self.runner = Hashing(folder, int((folder / "vocab").read_text()))
+        self.runner = Hashing(folder, _vocab(folder))
         return self.runner.describe()
 
     def tokenizer(self):
-        return Numbers(self.runner.vocab)
+        return Numbers(_vocab(Path(self.spec.model)))
 
 
 class _Mortal:
@@ -165,3 +171,44 @@ class Unloadable(ModelWorker):
         import a_module_that_is_not_there
 
         return a_module_that_is_not_there
+
+
+class Breaks(Light):
+    """Fails as a GPU does, where a file .break says so, until its process has ended; does not load
+    again where there is a file .gone."""
+
+    lost = False
+
+    def load(self):
+        beside(self.spec, "pid").write_text(str(os.getpid()))
+        if beside(self.spec, "gone").exists():
+            raise ValueError("the folder has been taken away")
+        return super().load()
+
+    def compute(self, plan):
+        time.sleep(0.01)
+        sign = beside(self.spec, "break")
+        if sign.exists() and plan.starts.max() > 10:  # in the middle of an answer
+            sign.unlink()
+            self.lost = True
+        if self.lost:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().compute(plan)
+
+
+class Killed(Light):
+    """As by Ray, or by the system, where the machine has not enough memory for the model."""
+
+    def load(self):
+        if "math" in self.spec.model:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load()
+
+
+class Stalls(Light):
+    """As a download that never ends."""
+
+    def load(self):
+        if "math" in self.spec.model:
+            time.sleep(600)
+        return super().load()
