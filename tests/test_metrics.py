@@ -72,7 +72,7 @@ def test_a_trace_shows_every_actor_at_work(folder):
 
 
 def test_ray_exports_them_for_prometheus(ray_cluster, folder):
-    with Engine(family_of(folder, experts=("math",)), model_name="tiny") as engine:
+    with Engine(family_of(folder, experts=("math",)), model_name="measured") as engine:
         (output,) = engine.generate([5], SamplingParams(max_tokens=7, ignore_eos=True), trace=True)
         assert {actor for actor, *_ in output.spans} == {"coordinator", *engine.family.models}
         (node,) = ray.nodes()
@@ -82,7 +82,7 @@ def test_ray_exports_them_for_prometheus(ray_cluster, folder):
         while "generation_tokens" not in found and time.monotonic() < deadline:
             time.sleep(1)
             page = urllib.request.urlopen(address, timeout=10).read().decode()
-            rows = re.findall(r'^ray_dlf_(\w+)\{(.*model_name="tiny".*)\} (\S+)$', page, re.M)
+            rows = re.findall(r'^ray_dlf_(\w+)\{(.*model_name="measured".*)\} (\S+)$', page, re.M)
             found = {name.removesuffix("_total"): (tags, float(v)) for name, tags, v in rows}
     assert found["generation_tokens"][1] == 7
     assert found["prompt_tokens"][1] == 1
