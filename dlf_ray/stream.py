@@ -44,10 +44,6 @@ class Stream(Sequence):
             return fusion
         return fusion.without([name for name in fusion.experts if name not in self.computed])
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        return self.request.models
-
     def rest(self, count: int) -> tuple[int, ...]:
         """What is still to be scored of the continuation, at most `count` tokens."""
         return self.request.continuation[self.scored : self.scored + count]
