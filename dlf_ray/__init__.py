@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dlf_ray.config import Family
-from dlf_ray.frontend import EngineError, Output
+from dlf_ray.engine.frontend import EngineError, Output
 from dlf_ray.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from dlf_ray.engine import Engine
-    from dlf_ray.local import LocalEngine
+    from dlf_ray.engine.engine import Engine
+    from dlf_ray.engine.local import LocalEngine
 
 __all__ = ["Engine", "EngineError", "Family", "LocalEngine", "Output", "SamplingParams"]
 
@@ -18,11 +18,11 @@ __all__ = ["Engine", "EngineError", "Family", "LocalEngine", "Output", "Sampling
 def __getattr__(name: str) -> Any:
     # Only who asks for an engine pays for importing Ray or transformers.
     if name == "Engine":
-        from dlf_ray.engine import Engine
+        from dlf_ray.engine.engine import Engine
 
         return Engine
     if name == "LocalEngine":
-        from dlf_ray.local import LocalEngine
+        from dlf_ray.engine.local import LocalEngine
 
         return LocalEngine
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

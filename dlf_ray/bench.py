@@ -24,9 +24,13 @@ import torch
 import zmq
 
 from dlf_ray.config import LARGE, EngineConfig, Family
-from dlf_ray.coordinator import Coordinator
-from dlf_ray.engine import Engine
-from dlf_ray.local import LocalEngine
+from dlf_ray.decoding.coordinator import Coordinator
+from dlf_ray.decoding.sampling import sample
+from dlf_ray.decoding.scheduler import Scheduler
+from dlf_ray.decoding.scheduler import Sequence as Queued
+from dlf_ray.decoding.text import detokenizers
+from dlf_ray.engine.engine import Engine
+from dlf_ray.engine.local import LocalEngine
 from dlf_ray.messages import (
     Description,
     FusionParams,
@@ -38,11 +42,7 @@ from dlf_ray.messages import (
     Request,
     SamplingParams,
 )
-from dlf_ray.sampling import sample
-from dlf_ray.scheduler import Scheduler
-from dlf_ray.scheduler import Sequence as Queued
-from dlf_ray.text import detokenizers
-from dlf_ray.worker import ModelWorker
+from dlf_ray.models.worker import ModelWorker
 
 FUSION_STAGES = ("aim", "weigh", "sample")
 ITEMSIZE = torch.float32.itemsize

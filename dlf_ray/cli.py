@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dlf_ray.config import Family, Rule, Select, read_yaml
-from dlf_ray.evaluate import METHODS, Experiment, TaskSpec, run
-from dlf_ray.frontend import BaseEngine, EngineError, FusionOptions, Output
+from dlf_ray.engine.frontend import BaseEngine, EngineError, FusionOptions, Output
+from dlf_ray.evaluation.evaluate import METHODS, Experiment, TaskSpec, run
+from dlf_ray.evaluation.report import write_report
+from dlf_ray.evaluation.results import UPPER_BOUND, Row, read, summary
+from dlf_ray.evaluation.tasks import METRICS
 from dlf_ray.messages import SamplingParams
 from dlf_ray.metrics import Span, chrome_trace
-from dlf_ray.report import write_report
-from dlf_ray.results import UPPER_BOUND, Row, read, summary
-from dlf_ray.tasks import METRICS
 
 app = typer.Typer(
     help="Dynamic Logits Fusion: steer a large language model with small fine-tuned experts.",
@@ -81,10 +81,10 @@ def _errors() -> Iterator[None]:
 def _engine(family: Family, local: bool, *, models: Collection[str] | None = None) -> BaseEngine:
     with console.status(f"starting {len(family.models if models is None else models)} models"):
         if local:
-            from dlf_ray.local import LocalEngine
+            from dlf_ray.engine.local import LocalEngine
 
             return LocalEngine(family, models=models)
-        from dlf_ray.engine import Engine
+        from dlf_ray.engine.engine import Engine
 
         return Engine(family, models=models)
 
@@ -195,8 +195,8 @@ def serve(
 
     The environment variable DLF_API_KEYS holds the keys, by commas, that requests have to bring.
     """
-    from dlf_ray.replica import Model
-    from dlf_ray.serve import Settings, run_server
+    from dlf_ray.serving.app import Settings, run_server
+    from dlf_ray.serving.replica import Model
 
     with _errors():
         model = Model(family=str(family), chat_template=chat_template)
@@ -428,7 +428,9 @@ def demo(
     local: Local = False,
 ) -> None:
     """Train a tiny family (once, cached), decode fused over Ray, print what each method gets."""
-    from dlf_ray import demo as family_demo  # imports transformers, so only where it is used
+    from dlf_ray.training import (
+        demo as family_demo,  # imports transformers, so only where it is used
+    )
 
     with _errors(), tempfile.TemporaryDirectory() as unkept:
         began = time.perf_counter()
@@ -559,7 +561,7 @@ def bench(
     in this process.
     """
     from dlf_ray import bench as measure
-    from dlf_ray import demo as family_demo
+    from dlf_ray.training import demo as family_demo
 
     table = Table(
         "experts",

@@ -15,8 +15,8 @@ import msgspec
 import ray
 
 from dlf_ray import Engine, Family
-from dlf_ray.evaluate import Experiment, run
-from dlf_ray.placement import settled
+from dlf_ray.engine.placement import settled
+from dlf_ray.evaluation.evaluate import Experiment, run
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from dlf_ray import SamplingParams
-from dlf_ray.local import LocalFabric
+from dlf_ray.decoding.scheduler import Sequence
+from dlf_ray.engine.local import LocalFabric
+from dlf_ray.engine.transport import Hub, WorkerLink
 from dlf_ray.messages import FusionParams, Logits, Lost, Plan, Ready, Request
-from dlf_ray.scheduler import Sequence
-from dlf_ray.transport import Hub, WorkerLink
 
 FUSION = FusionParams(
     rule="grid", select="paper", step=0.1, experts=("math",), bounds=((0.0, 2.0),)

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 BIN = Path(sys.executable).parent
 PATIENCE_S = 120.0
 """For what takes seconds: so long only on a machine that has a lot else to do, or never."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dlf_ray.messages import Description
-from dlf_ray.worker import ModelWorker
+from dlf_ray.models.worker import ModelWorker
 
 VOCAB = 300
 DOOM, CROWD = 298, 299

@@ -1,0 +1,86 @@
+"""The whole family in this process, without Ray: for tests, notebooks and one-GPU experiments.
+
+The same coordinator, scheduler and workers as over Ray; only the fabric is a function call.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from dlf_ray.config import LARGE, Family
+from dlf_ray.decoding.coordinator import Coordinator
+from dlf_ray.decoding.text import detokenizers
+from dlf_ray.engine.frontend import BaseEngine, chosen, limits_of, raised
+from dlf_ray.messages import Chunk, Failed, Logits, Lost, Plan, Ready, Request, Timings
+from dlf_ray.metrics import Sink
+from dlf_ray.models.worker import ModelWorker, check_vocabularies
+
+
+class LocalFabric:
+    """Runs the models one after the other, the small ones first."""
+
+    def __init__(self, workers: dict[str, ModelWorker]) -> None:
+        self._workers = workers
+
+    def send(self, plans: Mapping[str, Plan]) -> None:
+        """Nothing travels: `receive` computes."""
+
+    def receive(self, plans: Mapping[str, Plan]) -> Iterator[tuple[str, Logits | Failed]]:
+        for name in reversed(self._workers):
+            if name in plans:
+                yield name, self._workers[name].answer(plans[name])
+
+    def changes(self) -> Iterator[tuple[str, Lost | Ready]]:
+        """None: models that are objects here come and go with this one."""
+        return iter(())
+
+
+class LocalEngine(BaseEngine):
+    """Generates in this process; each wait for a chunk advances all running requests."""
+
+    def __init__(
+        self,
+        family: Family,
+        worker: Callable[..., ModelWorker] = ModelWorker,
+        metrics: Sink | None = None,
+        models: Collection[str] | None = None,
+    ) -> None:
+        """Loads all models, or those that are named. `worker` makes one of (spec, engine config).
+
+        Requests that need a model that is not loaded are refused.
+        """
+        super().__init__(family)
+        specs = chosen(family, models)
+        workers = {name: worker(spec, family.engine) for name, spec in specs.items()}
+        descriptions = {name: each.load() for name, each in workers.items()}
+        check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
+        self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
+        self.limits = limits_of(family, descriptions)
+        self.coordinator = Coordinator(
+            LocalFabric(workers),
+            limits=self.limits,
+            detokenizer=detokenizers(self.tokenizer),
+            engine=family.engine,
+            device="cuda" if family.with_gpu_share.engine.num_gpus else "cpu",
+            metrics=metrics,
+        )
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
+
+    def timings(self) -> Timings:
+        """Where the coordinator's time has gone so far, and which losses it got over."""
+        return self.coordinator.timings
+
+    def _send(self, request: Request) -> None:
+        self.coordinator.add(request)
+
+    def _abort(self, id: int) -> None:
+        self.coordinator.abort(id)
+
+    def _wait(self, mailbox: queue.SimpleQueue[Chunk | Exception]) -> Chunk:
+        while mailbox.empty():
+            for _, chunk in self.coordinator.step():
+                self._dispatch(chunk)
+        return raised(mailbox.get())

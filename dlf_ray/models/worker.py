@@ -1,0 +1,120 @@
+"""One model of the family at work: plans in, logits out, until told to stop.
+
+A plain class: an actor over Ray, an object beside the coordinator in a local engine.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from dlf_ray.config import EngineConfig, Family, ModelSpec
+from dlf_ray.errors import is_out_of_memory, sticks
+from dlf_ray.messages import Description, Failed, Logits, Plan
+
+# The runner and the loading come with transformers, seconds of every process that imports it; a
+# worker with a model of its own kind needs neither, so they are imported where they are used.
+
+
+class Link(Protocol):
+    """The worker's end of the fabric."""
+
+    def plans(self) -> Iterator[Plan]:
+        """The coordinator's plans, until it says stop."""
+
+    def reply(self, logits: Logits) -> None: ...
+
+    def fail(self, failed: Failed) -> None: ...
+
+
+class ModelWorker:
+    """A runner with its loading and its loop."""
+
+    broken = False
+    """Whether an error has left the process in a state in which no later step can succeed."""
+
+    def __init__(self, spec: ModelSpec, engine: EngineConfig) -> None:
+        self.spec = spec
+        self.engine = engine
+
+    def load(self) -> Description:
+        """Loads the model. Raises what the runner raises: wrong paths, broken files, no memory."""
+        from dlf_ray.models.runner import Runner
+
+        torch.set_num_threads(max(1, int(self.spec.num_cpus or 1)))
+        self.runner = Runner(
+            self.spec,
+            max_num_seqs=self.engine.max_num_seqs,
+            max_model_len=self.engine.max_model_len,
+            max_num_batched_tokens=self.engine.max_num_batched_tokens,
+        )
+        return self.runner.describe()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the model, for whoever cannot read the worker's disk."""
+        from dlf_ray.models.loading import load_tokenizer
+
+        return load_tokenizer(self.spec)
+
+    def compute(self, plan: Plan) -> Logits:
+        """One step: the forward pass, and which of its rows are finite."""
+        start, began = time.time(), time.perf_counter()
+        values = self.runner.forward(plan)
+        # Here, in parallel with the other models, and on the device that holds the logits. The
+        # largest magnitude is NaN or infinite if any is, and ten times faster than asking each.
+        finite = values.abs().amax(-1).isfinite().cpu().numpy()
+        return Logits(plan.step, values, finite, time.perf_counter() - began, start)
+
+    def run(self, link: Link) -> None:
+        """Answers plans until the coordinator says stop.
+
+        An exception of a step goes to the coordinator, which fails the requests in it; the model
+        serves on, since the next sequence in a slot starts from nothing. Not so after an error that
+        sticks: it is raised instead, for the process to end. The requests are not to blame, and go
+        on once the model is back.
+        """
+        for plan in link.plans():
+            answer = self.answer(plan)
+            if self.broken:
+                assert isinstance(answer, Failed)
+                raise RuntimeError(f"no later step can succeed after {answer.error}")
+            if isinstance(answer, Failed):
+                link.fail(answer)
+            else:
+                link.reply(answer)
+
+    def answer(self, plan: Plan) -> Logits | Failed:
+        """The step, or why there is none; without the memory for it, nothing computed is kept."""
+        try:
+            return self.compute(plan)
+        except Exception as error:
+            traceback.print_exc()
+            out_of_memory = is_out_of_memory(error)
+            self.broken = sticks(error)
+            failed = Failed(plan.step, f"{type(error).__name__}: {error}", out_of_memory)
+        # Not before here: the exception's frames hold tensors of the pass.
+        if out_of_memory:
+            self.runner.forget()
+        return failed
+
+
+def check_vocabularies(
+    family: Family,
+    descriptions: Mapping[str, Description],
+    vocabulary: Callable[[str], Mapping[str, int]],
+) -> None:
+    """Raises `ValueError`, naming two models and the first difference, unless all are alike.
+
+    Fusion adds logits of one token to logits of the same token: the ids must mean the same.
+    """
+    from dlf_ray.models.loading import vocabulary_difference
+
+    first = next(iter(descriptions))
+    for name, each in descriptions.items():
+        if each.tokenizer_digest != descriptions[first].tokenizer_digest:
+            names = (f"{n} ({family.models[n].model})" for n in (first, name))
+            raise ValueError(vocabulary_difference(vocabulary(first), vocabulary(name), *names))

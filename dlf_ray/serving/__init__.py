@@ -1,0 +1,24 @@
+"""OpenAI's API for families, as an application for Ray Serve: `dlf_ray.serving:build_app`.
+
+`app` are the deployments, `http` the routes, `openai` the wire format, `replica` a family that
+answers it, `experts` those that join or leave it meanwhile. FastAPI and Serve are imported nowhere
+else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dlf_ray.serving.app import build_app
+
+__all__ = ["build_app"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who builds the application pays for importing Serve.
+    if name == "build_app":
+        from dlf_ray.serving.app import build_app
+
+        return build_app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

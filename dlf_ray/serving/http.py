@@ -1,0 +1,410 @@
+"""HTTP: routes, keys, sizes, the log. From a request to the family that it names, and back.
+
+The same application answers every path in OpenAI's words, errors included.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dlf_ray.serving.experts import changes, overall, want
+from dlf_ray.serving.openai import (
+    MAX_NAME,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ExpertRequest,
+    Json,
+    Problem,
+    ScoreRequest,
+    TokenizeRequest,
+)
+from dlf_ray.serving.replica import STREAM_END, Body, event, to_json
+
+READY_TIMEOUT_S = 2.0
+READY_EVERY_S = 1.0
+"""So often, at most, all families are asked whether they are ready: anybody may ask for that."""
+EXPERTS_TIMEOUT_S = 10.0
+OPEN_PATHS = ("/", "/health", "/ready")
+"""What needs no API key."""
+LEFT = 499
+"""The status in the log of a request whose client did not wait for the end of its answer."""
+log = logging.getLogger("ray.serve")
+
+
+class Router:
+    """From a request to the family that answers it, and back to HTTP."""
+
+    def __init__(
+        self, models: Mapping[str, DeploymentHandle[Any]], *, timeout_s: float, updates: bool
+    ) -> None:
+        """`models` by the names of requests; `updates` says whether those may change experts."""
+        self.models = models
+        self.families = {handle.deployment_id: handle for handle in models.values()}
+        self.timeout_s = timeout_s
+        self.updates = updates
+        self.created = int(time.time())
+        self._ready: asyncio.Future[bool] | None = None
+        self._asked = 0.0
+
+    async def answer(self, request: Request, body: Body | None, model: str | None) -> Response:
+        """The family's answer, streamed if that was asked for."""
+        record = request.state.record
+        record |= {"model": model, "user": getattr(body, "user", None)}
+        if model is None and len(self.families) == 1:
+            model = next(iter(self.models))
+        if model is None or model not in self.models:
+            return refusal(self._unknown(model))
+        record["model"] = model
+        items = self._items(model, body, record)
+        first = await anext(items)
+        if isinstance(first, Problem):
+            await items.aclose()
+            return refusal(first)
+        record["first_s"] = round(time.perf_counter() - record["began"], 4)
+        if getattr(body, "stream", False):
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(_events(first, items), 200, headers, "text/event-stream")
+        async for _ in items:
+            pass  # the usage
+        return Response(first, media_type="application/json")
+
+    def _unknown(self, model: str | None) -> Problem:
+        if model is None:
+            return Problem(400, f"`model` is missing; there are {list(self.models)}", "model")
+        message = f"there is no model {model!r}; there are {list(self.models)}"
+        return Problem(404, message, "model", "model_not_found")
+
+    async def _items(
+        self, model: str, body: Body | None, record: Json
+    ) -> AsyncGenerator[bytes | Problem, None]:
+        """What the replica sends; ends with a problem if it fails, or takes too long."""
+        stream: Any = (
+            self.models[model].options(stream=True).answer.remote(model, body, record["id"])
+        )
+        end = asyncio.get_running_loop().time() + self.timeout_s
+        try:
+            while True:
+                async with asyncio.timeout_at(end):
+                    item = await anext(stream)
+                if isinstance(item, dict):
+                    record |= item
+                else:
+                    if isinstance(item, Problem):
+                        record["error"] = item.message
+                    yield item
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            record["error"] = "timeout"
+            yield Problem(
+                504, f"no end within {self.timeout_s:g} s; try again later, or ask for fewer tokens"
+            )
+        except ray.exceptions.RayTaskError:
+            raise  # not a replica that is away, but a mistake in one
+        except (RayServeException, ray.exceptions.RayError) as error:
+            record["error"] = type(error).__name__
+            yield Problem(503, "the model has no room or is restarting; try again later")
+        finally:
+            stream.cancel()
+
+    async def is_ready(self) -> bool:
+        """Whether all families answer, as of a second ago."""
+        now = asyncio.get_running_loop().time()
+        if self._ready is None or (self._ready.done() and now > self._asked + READY_EVERY_S):
+            self._asked = now
+            self._ready = asyncio.ensure_future(self._all_ready())
+        return await asyncio.shield(self._ready)  # it is not one caller's alone
+
+    async def _all_ready(self) -> bool:
+        async def asked(handle: DeploymentHandle[Any]) -> bool:
+            try:
+                return bool(await asyncio.wait_for(handle.ready.remote(), READY_TIMEOUT_S))
+            except (TimeoutError, RayServeException, ray.exceptions.RayError):
+                return False
+
+        return all(await asyncio.gather(*map(asked, self.families.values())))
+
+    async def experts(self, model: str | None) -> Json | Problem:
+        """The experts of a model's family, with their states in all of its replicas."""
+        if model is None and len(self.families) == 1:
+            model = next(iter(self.models))
+        if model is None or model not in self.models:
+            return self._unknown(model)
+        handle = self.models[model]
+        asked: Any = handle.broadcast("experts")
+        try:
+            reports = await asked.results_async(timeout_s=EXPERTS_TIMEOUT_S)
+        except (TimeoutError, RayServeException, ray.exceptions.RayError):
+            return Problem(503, "not all replicas of the model answer; try again later")
+        noted = await asyncio.to_thread(changes, _noted_as(handle))
+        data = [{"id": n, "object": "expert", **each} for n, each in overall(noted, reports)]
+        return {"object": "list", "model": model, "data": data}
+
+    async def update(self, model: str | None, name: str, expert: Json | None) -> Json | Problem:
+        """Has all replicas of a model's family add an expert, or take it out."""
+        if not self.updates:
+            return Problem(403, "experts are fixed here: serve with `allow_expert_updates`")
+        known = await self.experts(model)
+        if isinstance(known, Problem):
+            return known
+        states = {each["id"]: each["state"] for each in known["data"]}
+        if expert is not None and states.get(name) == "ready":
+            return Problem(409, f"there is an expert {name!r} already", "name")
+        if expert is None and name not in states:
+            return Problem(404, f"there is no expert {name!r}; there are {list(states)}")
+        try:
+            family = _noted_as(self.models[known["model"]])
+            await asyncio.to_thread(want, family, name, expert)
+        except ValueError as error:
+            return Problem.invalid(error)
+        return {"id": name, "object": "expert", "state": "changing"}
+
+    def listing(self) -> Json:
+        entry = {"object": "model", "created": self.created, "owned_by": "dlf_ray"}
+        return {"object": "list", "data": [{"id": name, **entry} for name in self.models]}
+
+
+def _noted_as(handle: DeploymentHandle[Any]) -> str:
+    """The name under which changes of a family's experts are noted."""
+    return f"{handle.deployment_id.app_name}#{handle.deployment_id.name}"
+
+
+async def _events(
+    first: bytes, items: AsyncGenerator[bytes | Problem, None]
+) -> AsyncGenerator[bytes, None]:
+    """The stream; a problem on the way is its last event but the end's."""
+    async with aclosing(items) as rest:
+        yield first
+        async for item in rest:
+            if isinstance(item, Problem):
+                yield event(item.body) + STREAM_END
+            else:
+                yield item
+
+
+def refusal(problem: Problem) -> Response:
+    return Response(
+        to_json(problem.body), problem.status, problem.headers, media_type="application/json"
+    )
+
+
+def said(what: Json | Problem, status: int = 200) -> Response:
+    if isinstance(what, Problem):
+        return refusal(what)
+    return Response(to_json(what), status, media_type="application/json")
+
+
+def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
+    """The routes, with every error in OpenAI's words."""
+    app = FastAPI(
+        title="dlf_ray",
+        description="Dynamic Logits Fusion behind OpenAI's API.",
+        version=version("dlf_ray"),
+    )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return refusal(Problem.of_validation(error.errors()))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http_error(request: Request, error: StarletteHTTPException) -> Response:
+        message = {
+            404: f"there is nothing at {request.url.path}; see /docs",
+            405: f"{request.url.path} does not take {request.method}",
+            413: f"the body is larger than {max_body_bytes} bytes",
+        }.get(error.status_code, str(error.detail))
+        return refusal(Problem(error.status_code, message))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        id = request.state.record["id"]
+        return refusal(Problem(500, f"the server failed; its log has the request as {id}"))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await router.answer(request, body, body.model)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        return await router.answer(request, body, body.model)
+
+    @app.post("/v1/score")
+    async def score(request: Request, body: ScoreRequest) -> Response:
+        return await router.answer(request, body, body.model)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        return await router.answer(request, body, body.model)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+        return await router.answer(request, body, body.model)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        return await router.answer(request, None, model)
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        return router.listing()
+
+    @app.get("/v1/experts")
+    async def experts(model: str | None = None) -> Response:
+        return said(await router.experts(model))
+
+    @app.post("/v1/experts")
+    async def add_expert(body: ExpertRequest) -> Response:
+        return said(await router.update(body.model, body.name, body.expert), 202)
+
+    @app.delete("/v1/experts/{name}")
+    async def remove_expert(name: str, model: str | None = None) -> Response:
+        return said(await router.update(model, name, None), 202)
+
+    @app.get("/health")
+    async def health() -> Json:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if await router.is_ready():
+            return Response(to_json({"status": "ready"}), media_type="application/json")
+        return refusal(Problem(503, "not all models answer yet"))
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return FileResponse(str(files("dlf_ray") / "playground.html"), media_type="text/html")
+
+    return app
+
+
+class Connection:
+    """The client's end of one request: how much it sends, whether it stays for the answer."""
+
+    def __init__(self, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._max = max_body_bytes
+        self._read = 0
+        self._answered = False
+        self._status = LEFT
+        self.left = False
+        """It went away before its answer was complete."""
+
+    @property
+    def status(self) -> int:
+        """Of the answer, if the client got all of it."""
+        return self._status if self._answered else LEFT
+
+    @status.setter
+    def status(self, status: int) -> None:
+        self._status, self._answered = status, True
+
+    async def receive(self) -> Message:
+        """Raises `HTTPException` 413 where the body is too large, whatever its header says."""
+        message: Message = {"type": "http.disconnect"}
+        try:
+            message = await self._receive()
+        except Exception as error:  # Serve could not ask the proxy any more: as good as that
+            log.debug("the connection of a client ended: %r", error)
+        if message["type"] == "http.disconnect":
+            self.left = self.left or not self._answered
+        self._read += len(message.get("body", b""))
+        if self._read > self._max:
+            raise StarletteHTTPException(413)
+        return message
+
+    async def send(self, message: Message) -> None:
+        await self._send(message)
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+        elif not message.get("more_body", False):
+            self._answered = not self.left
+
+
+class Guard:
+    """Around everything else: API keys, the size limit, one line in the log for each request."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], max_body_bytes: int) -> None:
+        self.app = app
+        self.keys = keys
+        self.max_body_bytes = max_body_bytes
+        self.log = logging.getLogger("dlf_ray.requests")
+        self.log.propagate = False
+        self.log.setLevel(logging.INFO)
+        self.log.handlers = [logging.StreamHandler(sys.stdout)]  # a line of JSON and nothing else
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        # The client's, or one that Serve has given; another front may give none.
+        id = headers.get("x-request-id") or uuid.uuid4().hex
+        record: Json = {"id": id[:MAX_NAME], "began": time.perf_counter()}
+        scope.setdefault("state", {})["record"] = record
+        connection = Connection(receive, send, self.max_body_bytes)
+        try:
+            if problem := self._refused(scope, headers, id):
+                await refusal(problem)(scope, receive, connection.send)
+            else:
+                await self.app(scope, connection.receive, connection.send)
+        except Exception:
+            # The client has its answer, from the application's handler or cut off; or it has left.
+            if not connection.left:
+                log.exception("request %s failed", record["id"])
+                connection.status = 500
+        finally:
+            record["status"] = connection.status
+            seconds = time.perf_counter() - record.pop("began")
+            known = {name: value for name, value in record.items() if value is not None}
+            place = {"method": scope["method"], "path": scope["path"]}
+            self.log.info(
+                json.dumps({"time": time.time(), **place, **known, "seconds": round(seconds, 4)})
+            )
+
+    def _refused(self, scope: Scope, headers: Headers, id: str) -> Problem | None:
+        """Why a request gets no further, by its headers alone."""
+        if not self._allowed(scope):
+            return Problem(401, "no valid API key: send `Authorization: Bearer KEY`")
+        if len(id) > MAX_NAME:
+            return Problem(400, f"`X-Request-Id` is longer than {MAX_NAME} characters")
+        length = headers.get("content-length", "")
+        # Compared as text as well: Python makes no number of thousands of digits.
+        if length.isdecimal() and (len(length) > 18 or int(length) > self.max_body_bytes):
+            return Problem(413, f"the body is larger than {self.max_body_bytes} bytes")
+        return None
+
+    def _allowed(self, scope: Scope) -> bool:
+        if not self.keys or scope["path"].removeprefix(scope["root_path"]) in OPEN_PATHS:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        sent = digest(given.removeprefix(b"Bearer "))
+        # All of them, so that the time says nothing about which one came close.
+        matches = [hmac.compare_digest(sent, key) for key in self.keys]
+        return any(matches)
+
+
+def digest(key: bytes) -> bytes:
+    """What is kept of an API key."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,627 @@
+"""OpenAI's wire format: what a request may say, and what its answer looks like. Pure functions.
+
+The names are those of OpenAI's API, with vLLM's additions where it has any, and `fusion`, `prompts`
+and `/v1/score` on top. A field that could only be ignored is refused by its name; one that is null
+counts as absent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from dlf_ray.config import Rule, Select
+from dlf_ray.engine.frontend import FusionOptions, Output
+from dlf_ray.messages import (
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_TOKENS,
+    MAX_STOPS,
+    MAX_WEIGHT,
+    SamplingParams,
+)
+from dlf_ray.metrics import Span, chrome_trace
+
+LOWEST = -9999.0
+"""Stands for the logarithm of 0, which JSON cannot write; the number is vLLM's."""
+GREEDY = 1e-5
+"""Temperatures below it are taken for 0, as in vLLM: logits divided by them would overflow."""
+MAX_PROMPTS = 2048
+"""Prompts, messages, or parts of a message in one request."""
+MAX_NAMES = 256
+"""Models that a request says something about."""
+MAX_NAME = 256
+"""Characters of what is only looked up, or only logged."""
+Json: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+
+
+def _at_most(count: int) -> Any:
+    """A limit to a list or mapping, checked before what is in it: errors of a million entries would
+    keep the server busy for a minute."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"has {len(value)} entries; at most {count} are taken")
+        return value
+
+    return BeforeValidator(check)
+
+
+# The first wrong entry is as good as all of them, see `_at_most`.
+Listed: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+Some: TypeAlias = Annotated[Listed[T], _at_most(MAX_PROMPTS), Field(max_length=MAX_PROMPTS)]
+ByName: TypeAlias = Annotated[dict[Name, T], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
+
+
+def _whole_text(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a surrogate pair, which is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_text)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Prompt: TypeAlias = Text | Listed[int]
+Prompts: TypeAlias = Text | Some[Text] | Listed[int] | Some[Listed[int]]
+
+
+class Wire(BaseModel):
+    """A JSON object of exactly the fields that are listed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        # One field that there is not is enough to be told of.
+        return {n: value for n, value in given.items() if n in cls.model_fields or n == unknown}
+
+
+class FusionSettings(Wire):
+    """How to fuse, where it differs from the family file; see the README."""
+
+    rule: Rule | None = None
+    select: Select | None = None
+    step: Annotated[float, Field(gt=0, le=2)] | None = None
+    experts: Annotated[list[Name], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)] | None = None
+    """Those that take part; `[]` for the large model alone."""
+    weights: ByName[Weight] | None = None
+    """With rule static."""
+    bounds: ByName[Annotated[tuple[Weight, Weight], Field(strict=False)]] | None = None
+    alone: Name | None = None
+    """One model of the family by itself, unfused."""
+
+    def options(self, default: FusionSettings | None = None) -> FusionOptions:
+        """As the engine takes them, on top of a model's own `default`."""
+        own = self._given()
+        below = default._given() if default else {}
+        if "alone" in own:
+            below = {}
+        elif own.get("rule", "static") != "static":
+            below.pop("weights", None)  # they belong to rule static
+        return FusionOptions(**{**below, **own})  # type: ignore[typeddict-item]
+
+    def _given(self) -> Json:
+        return self.model_dump(exclude_none=True, include=set(FusionSettings.model_fields))
+
+
+class FusionRequest(FusionSettings):
+    return_weights: bool = False
+    """Show for each token which expert weighed how much, as `fusion` of the choice."""
+    trace: bool = False
+    """End with what every actor did when, as `fusion.trace` of the choice, in Chrome's format."""
+
+
+class StreamOptions(Wire):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Usage so far in every chunk, as vLLM has it."""
+
+
+class TextFormat(Wire):
+    type: Literal["text"]
+
+
+class Generate(Wire):
+    """What completions and chat completions have in common."""
+
+    model: Name | None = None
+    """May be absent where only one is served."""
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    """So many answers to each prompt; answer k draws with `seed` + k."""
+    best_of: int | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    """0 or -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], _at_most(MAX_STOPS), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[
+        list[Count], _at_most(MAX_STOP_TOKENS), Field(max_length=MAX_STOP_TOKENS)
+    ] = []
+    ignore_eos: bool = False
+    min_tokens: Count = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ],
+        _at_most(MAX_BIASES),
+        Field(max_length=MAX_BIASES),
+    ] = {}
+    """Token ids, as strings."""
+    response_format: TextFormat | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: Name | None = None
+    """Goes to the log."""
+    fusion: FusionRequest = FusionRequest()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generate:
+        if self.best_of not in (None, self.n):
+            raise ValueError("`best_of` is not supported, unless it equals `n`")
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("`stream_options` needs `stream`")
+        return self
+
+    def _sampling(self, max_tokens: int, **logprobs: int | None) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature if self.temperature >= GREEDY else 0.0,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            **logprobs,
+        )
+
+
+class CompletionRequest(Generate):
+    prompt: Prompts | None = None
+    prompts: ByName[Prompt] | None = None
+    """Prompts of single models of the family; those not named take `prompt`, or the large one's."""
+    max_tokens: Count = 16
+    echo: bool = False
+    """The prompt before the answer; with `logprobs`, with its log-probabilities."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> CompletionRequest:
+        if not self.prompt and not self.prompts:
+            raise ValueError("`prompt` is empty: give text or at least one token")
+        if self.prompts and self.prompt and len(listed(self.prompt)) > 1:
+            raise ValueError("`prompts` are for a single request; give one `prompt` beside them")
+        if not self.max_tokens and not self.echo:
+            raise ValueError("`max_tokens` 0 asks for nothing without `echo`")
+        if self.fusion.trace and self.sequences > 1:
+            raise ValueError("`fusion.trace` is of a single answer; ask for one prompt with `n` 1")
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """How many the engine has to decode."""
+        return self.n * (len(listed(self.prompt)) if self.prompt else 1)
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """Everything that is to be tokenized, each with the name of its field."""
+        own = [("prompts", each) for each in (self.prompts or {}).values()]
+        return [("prompt", each) for each in listed(self.prompt or [])] + own
+
+    def sampling(self, context: int) -> SamplingParams:
+        """Raises `ValueError` with the field's name. `context` bounds what can be generated."""
+        echoed = self.logprobs if self.echo else None
+        most = min(self.max_tokens, context)
+        return self._sampling(most, logprobs=self.logprobs, prompt_logprobs=echoed)
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Some[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
+        return {"role": self.role, "content": "".join(parts)}
+
+
+class ChatRequest(Generate):
+    messages: Annotated[Some[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    """The new name of `max_tokens`; without either, up to the context."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("`top_logprobs` needs `logprobs`")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("`max_completion_tokens` is the new name of `max_tokens`; give one")
+        if 0 in (self.max_tokens, self.max_completion_tokens):
+            raise ValueError("`max_tokens` must be at least 1")
+        if self.fusion.trace and self.n > 1:
+            raise ValueError("`fusion.trace` is of a single answer; ask for `n` 1")
+        return self
+
+    @property
+    def sequences(self) -> int:
+        return self.n
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`: a template makes one text of all messages."""
+        return [("messages", "".join(each.plain()["content"] for each in self.messages))]
+
+    def sampling(self, context: int) -> SamplingParams:
+        """See `CompletionRequest.sampling`."""
+        most = min(self.max_completion_tokens or self.max_tokens or context, context)
+        return self._sampling(most, logprobs=self.top_logprobs if self.logprobs else None)
+
+
+class ScoreRequest(Wire):
+    """How probable continuations are: one of each prompt, or several of a single prompt."""
+
+    model: Name | None = None
+    prompt: Prompts
+    continuation: Prompts
+    """Text where the prompt is text, token ids where it is token ids."""
+    fusion: FusionSettings = FusionSettings()
+
+    @model_validator(mode="after")
+    def _pairs_up(self) -> ScoreRequest:
+        self.pairs()
+        return self
+
+    @property
+    def sequences(self) -> int:
+        return len(self.pairs())
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        prompts = [("prompt", each) for each in listed(self.prompt)]
+        return prompts + [("continuation", each) for each in listed(self.continuation)]
+
+    def pairs(self) -> list[tuple[Prompt, Prompt]]:
+        """Each prompt with its continuation. Raises `ValueError` where they do not pair up."""
+        prompts, rests = listed(self.prompt), listed(self.continuation)
+        if len(prompts) == 1:
+            prompts = prompts * len(rests)
+        if len(prompts) != len(rests):
+            raise ValueError(
+                f"`continuation` has {len(rests)} entries for {len(prompts)} prompts; give one for "
+                "each prompt, or one prompt"
+            )
+        for prompt, rest in zip(prompts, rests, strict=True):
+            if not rest:
+                raise ValueError("`continuation` is empty: give text or at least one token")
+            if isinstance(prompt, str) != isinstance(rest, str):
+                raise ValueError("`continuation` must be text or token ids, as `prompt` is")
+        return list(zip(prompts, rests, strict=True))
+
+
+class TokenizeRequest(Wire):
+    model: Name | None = None
+    prompt: Text
+    add_special_tokens: bool = True
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        return [("prompt", self.prompt)]
+
+
+class DetokenizeRequest(Wire):
+    model: Name | None = None
+    tokens: Listed[int]
+
+    @property
+    def texts(self) -> list[tuple[str, Prompt]]:
+        """See `CompletionRequest.texts`."""
+        return [("tokens", self.tokens)]
+
+
+class ExpertRequest(Wire):
+    """An expert that is to join a family."""
+
+    model: Name | None = None
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=MAX_NAME)]
+    expert: Annotated[dict[str, Any], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
+    """As in a family file: `model`, `num_gpus`, `bounds`, ..."""
+
+
+def listed(prompt: str | Sequence[Any]) -> list[Prompt]:
+    """A list of prompts, also from a single one."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)
+
+
+def seeded(sampling: SamplingParams, k: int) -> SamplingParams:
+    """The parameters of answer `k` to a prompt."""
+    if sampling.seed is None or not k:
+        return sampling
+    return msgspec.structs.replace(sampling, seed=sampling.seed + k)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a request is not served, as OpenAI words it."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def body(self) -> Json:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        # A half of a surrogate pair, which JSON may hold, cannot be sent back.
+        message = self.message.encode(errors="replace").decode()
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"} if self.status in (429, 503) else {}
+
+    @classmethod
+    def invalid(cls, error: ValueError) -> Problem:
+        """From a message that names the field in backticks, if it is about one."""
+        named = re.search(r"`([\w.]+)`", str(error))
+        return cls(400, str(error), param=named and named[1])
+
+    @classmethod
+    def of_validation(cls, errors: Sequence[Mapping[str, Any]]) -> Problem:
+        """From what pydantic found wrong in a request."""
+        first, name = errors[0], _place(errors[0]["loc"])
+        if first["type"] == "json_invalid":
+            return cls(400, f"the body is not JSON: {first['ctx']['error']} at {name}")
+        if not name:
+            if first["type"] == "value_error":
+                return cls.invalid(ValueError(str(first["msg"]).removeprefix("Value error, ")))
+            return cls(400, "the body must be a JSON object, of content type application/json")
+        if first["type"] == "extra_forbidden":
+            return cls(400, f"`{name}` is not supported; leave it out", name, "unsupported")
+        # A field that may be several things has an error for each of them.
+        alike = [each["msg"] for each in errors if _place(each["loc"]) == name]
+        return cls(400, f"`{name}`: {'; or: '.join(dict.fromkeys(map(str, alike)))}", name)
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """A field's name from ("body", field, ...), up to where types are named that it may have."""
+    parts = itertools.takewhile(
+        lambda part: not re.fullmatch(r"str|(list|function-after)\[.*\]", part), map(str, loc[1:])
+    )
+    return ".".join(parts)
+
+
+@dataclass
+class Tokens:
+    """Tokens with their log-probabilities, as both kinds of answers show them."""
+
+    ids: Sequence[int]
+    logprobs: Sequence[float | None]
+    top: Sequence[Mapping[int, float]]
+    """As many as `ids`, or none at all."""
+
+    @classmethod
+    def of(cls, output: Output, prompt: Sequence[int] = ()) -> Tokens:
+        """Those that were generated, after those of an echoed `prompt`, whose first has none."""
+        shown: list[int] = []
+        logprobs: list[float | None] = []
+        top: list[Mapping[int, float]] = []
+        if prompt:
+            shown, logprobs, top = [*prompt], [None], [{}]
+            logprobs += output.prompt_logprobs
+            top += output.prompt_top_logprobs or [{}] * len(output.prompt_logprobs)
+        top += output.top_logprobs or [{}] * len(output.logprobs)
+        return cls([*shown, *output.token_ids], [*logprobs, *output.logprobs], top)
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST)
+
+
+def completion_logprobs(tokens: Tokens, text: Callable[[int], str], offset: int = 0) -> Json:
+    """The `logprobs` of a completion; `text` is what one token reads, `offset` where they begin."""
+    shown = [text(token) for token in tokens.ids]
+    offsets: list[int] = []
+    tops: list[dict[str, float] | None] = []
+    for token, logprob, top in zip(shown, tokens.logprobs, tokens.top, strict=True):
+        offsets.append(offset)
+        offset += len(token)
+        if logprob is None:
+            tops.append(None)
+            continue
+        named: dict[str, float] = {}
+        for id, value in top.items():  # the most probable of those that read alike stays
+            named.setdefault(text(id), finite(value))
+        named.setdefault(token, finite(logprob))
+        tops.append(named)
+    return {
+        "tokens": shown,
+        "token_logprobs": [None if value is None else finite(value) for value in tokens.logprobs],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(tokens: Tokens, text: Callable[[int], str]) -> Json:
+    """The `logprobs` of a chat completion."""
+
+    def entry(token: int, logprob: float | None) -> Json:
+        read = text(token)
+        # Bytes of a part of a character are not known from what it reads.
+        known = None if "\ufffd" in read else list(read.encode())
+        return {"token": read, "logprob": finite(logprob or 0.0), "bytes": known}
+
+    return {
+        "content": [
+            {**entry(id, logprob), "top_logprobs": [entry(*each) for each in top.items()]}
+            for id, logprob, top in zip(tokens.ids, tokens.logprobs, tokens.top, strict=True)
+        ]
+    }
+
+
+def shown_fusion(output: Output) -> Json:
+    """The `fusion` of a choice: one entry per generated token."""
+    return {
+        "tokens": output.pieces,
+        "experts": output.experts,
+        "weights": output.weights,
+        "kl": output.kl,
+    }
+
+
+def usage(prompt: int, completion: int) -> Json:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+@dataclass
+class Answer:
+    """Writes the answer to one request, whole or in chunks; choices are numbered as sequences."""
+
+    request: CompletionRequest | ChatRequest
+    id: str
+    model: str
+    prompts: Sequence[Sequence[int]]
+    """The prompt of each choice, of the large model where they differ."""
+    text: Callable[[int], str]
+    """What one token reads."""
+    echoes: Sequence[str]
+    """What the prompt of each choice reads."""
+    spans: Sequence[Span] = ()
+    """What was done for the request before it came to the engine, if it is traced."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    generated: int = 0
+    """Tokens so far."""
+    _offsets: dict[int, int] = field(default_factory=dict)
+    """Of each choice that has begun: where its next token begins in the text."""
+    _held: dict[int, Output] = field(default_factory=dict)
+    """Scores of echoed prompts, which come before anything is generated."""
+
+    @property
+    def usage(self) -> Json:
+        # Each prompt counts once, however many answers it gets.
+        return usage(sum(map(len, self.prompts[:: self.request.n])), self.generated)
+
+    def whole(self, outputs: Sequence[Output]) -> Json:
+        choices = [self._choice(index, output, whole=True) for index, output in enumerate(outputs)]
+        return {**self._head(choices, ""), "usage": self.usage}
+
+    def chunks(self, index: int, output: Output) -> list[Json]:
+        """What one step added to one choice."""
+        if output.prompt_logprobs or index in self._held:
+            held = self._held.setdefault(index, Output())
+            held.prompt_logprobs += output.prompt_logprobs
+            held.prompt_top_logprobs += output.prompt_top_logprobs
+            if not output.token_ids and not output.finish_reason:
+                return []
+            del self._held[index]
+            output.prompt_logprobs = held.prompt_logprobs
+            output.prompt_top_logprobs = held.prompt_top_logprobs
+        opening = []
+        if isinstance(self.request, ChatRequest) and index not in self._offsets:
+            delta = {"role": "assistant", "content": ""}
+            opening = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+        made = [*opening, self._choice(index, output, whole=False)]
+        return [{**self._head([choice], ".chunk"), **self._usage_so_far()} for choice in made]
+
+    def closing(self) -> list[Json]:
+        """The chunk after the last one, where usage was asked for."""
+        if not self.request.stream_options.include_usage:
+            return []
+        return [{**self._head([], ".chunk"), "usage": self.usage}]
+
+    def _usage_so_far(self) -> Json:
+        options = self.request.stream_options
+        if options.continuous_usage_stats:
+            return {"usage": self.usage}
+        return {"usage": None} if options.include_usage else {}
+
+    def _head(self, choices: list[Json], part: str) -> Json:
+        chat = isinstance(self.request, ChatRequest)
+        return {
+            "id": self.id,
+            "object": f"chat.completion{part}" if chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _choice(self, index: int, output: Output, whole: bool) -> Json:
+        request, first = self.request, index not in self._offsets
+        self.generated += len(output.token_ids)
+        offset = self._offsets.setdefault(index, 0)
+        choice: Json = {"index": index}
+        if isinstance(request, ChatRequest):
+            delta = {"role": "assistant"} if whole else {}
+            choice["message" if whole else "delta"] = {**delta, "content": output.text}
+            given = chat_logprobs(Tokens.of(output), self.text) if request.logprobs else None
+        else:
+            echoed = self.prompts[index] if request.echo and first else ()
+            choice["text"] = (self.echoes[index] if echoed else "") + output.text
+            given = None
+            if request.logprobs is not None:
+                given = completion_logprobs(Tokens.of(output, echoed), self.text, offset)
+                self._offsets[index] += sum(map(len, given["tokens"]))
+        choice["logprobs"] = given
+        choice["finish_reason"] = output.finish_reason
+        choice["stop_reason"] = output.stop_reason
+        fusion = shown_fusion(output) if request.fusion.return_weights else {}
+        if output.lost:
+            fusion["lost"] = output.lost
+        if output.spans:
+            fusion["trace"] = chrome_trace([*self.spans, *output.spans])
+        if fusion:
+            choice["fusion"] = fusion
+        return choice

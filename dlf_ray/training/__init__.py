@@ -1,0 +1,1 @@
+"""Where experts come from: `train`, a loop in plain torch, and `demo`, the tiny family."""

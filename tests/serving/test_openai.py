@@ -1,0 +1,278 @@
+"""OpenAI's wire format, without a server: what is accepted, and what answers look like."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from dlf_ray.engine.frontend import Output
+from dlf_ray.messages import SamplingParams
+from dlf_ray.serving.openai import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ExpertRequest,
+    FusionSettings,
+    Problem,
+    ScoreRequest,
+    TokenizeRequest,
+    Tokens,
+    chat_logprobs,
+    completion_logprobs,
+    seeded,
+)
+
+
+def asked(**body):
+    return CompletionRequest.model_validate(body)
+
+
+def problem(kind=CompletionRequest, **body):
+    """What a request gets that is wrong, as FastAPI reports it."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    errors = [{**each, "loc": ("body", *each["loc"])} for each in caught.value.errors()]
+    return Problem.of_validation(errors)
+
+
+def test_defaults_are_openais():
+    sampling = asked(prompt="x").sampling(256)
+    assert sampling == SamplingParams(max_tokens=16, temperature=1.0)
+    chat = ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]})
+    assert chat.sampling(256).max_tokens == 256
+
+
+def test_null_is_absent():
+    body = {"prompt": "x", "stop": None, "temperature": None, "fusion": {"rule": None}, "n": None}
+    assert asked(**body) == asked(prompt="x", fusion={})
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"tools": []}, "tools", "not supported"),
+        ({"fusion": {"roole": 1}}, "fusion.roole", "not supported"),
+        ({"fusion": {"weights": {"math": "much"}}}, "fusion.weights.math", "number"),
+        ({"fusion": {"bounds": {"math": [1]}}}, "fusion.bounds.math.1", "required"),
+        ({"prompt": 5}, "prompt", "string"),
+        ({"prompt": [["x"]]}, "prompt", "integer"),
+        ({"n": True}, "n", "integer"),
+        ({"n": 1.5}, "n", "integer"),
+        ({"temperature": math.nan}, "temperature", "finite"),
+        ({"best_of": 2}, "best_of", "equals `n`"),
+        ({"prompt": "half \ud800"}, "prompt", "surrogate"),
+        ({"stop": ["\udfff"]}, "stop", "surrogate"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+        ({"logit_bias": {"one": 1.0}}, "logit_bias.one.[key]", "pattern"),
+        ({"model": "m" * 257}, "model", "256"),
+        ({"user": "m" * 257}, "user", "256"),
+        ({"prompt": ["x"] * 2049}, "prompt", "2048"),
+        ({"prompt": [[5]] * 2049}, "prompt", "2048"),
+        ({"prompts": {str(k): "x" for k in range(257)}}, "prompts", "256"),
+        ({"stop": ["x"] * 65}, "stop", "64"),
+        ({"stop": "x" * 1025}, "stop", "1024"),
+        ({"stop": ["x" * 1025]}, "stop", "1024"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "1024"),
+        ({"logit_bias": {str(k): 1.0 for k in range(1025)}}, "logit_bias", "1024"),
+        ({"logit_bias": {"1": 101.0}}, "logit_bias.1", "100"),
+        ({"n": 129}, "n", "128"),
+        ({"seed": 2**63}, "seed", str(2**63)),
+        ({"temperature": 101}, "temperature", "100"),
+        ({"top_p": 1.1}, "top_p", "1"),
+        ({"top_k": -2}, "top_k", "-1"),
+        ({"min_p": -0.1}, "min_p", "0"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "2"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", "-2"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "0.01"),
+        ({"fusion": {"step": 0}}, "fusion.step", "0"),
+        ({"fusion": {"step": 2.1}}, "fusion.step", "2"),
+        ({"fusion": {"experts": ["m"] * 257}}, "fusion.experts", "256"),
+        ({"fusion": {"experts": ["m" * 257]}}, "fusion.experts.0", "256"),
+        ({"fusion": {"alone": "m" * 257}}, "fusion.alone", "256"),
+        ({"fusion": {"weights": {"math": 100.1}}}, "fusion.weights.math", "100"),
+        ({"fusion": {"bounds": {"math": [-1e308, 1e308]}}}, "fusion.bounds.math.0", "-100"),
+        ({"fusion": {"bounds": {str(k): [0, 1] for k in range(257)}}}, "fusion.bounds", "256"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_is_named(body, param, words):
+    found = problem(**{"prompt": "x", **body})
+    assert found.status == 400
+    assert found.param == param
+    assert f"`{param}`" in found.message or param == "best_of"
+    assert words in found.message
+    assert found.body["error"]["param"] == param
+
+
+def test_fields_of_other_requests_have_limits_too():
+    message = {"role": "user", "content": "x"}
+    part = {"type": "text", "text": "x"}
+    for kind, body, param in (
+        (ChatRequest, {"messages": [message] * 2049}, "messages"),
+        (
+            ChatRequest,
+            {"messages": [{**message, "content": [part] * 2049}]},
+            "messages.0.content",
+        ),
+        (ScoreRequest, {"prompt": "x", "continuation": ["x"] * 2049}, "continuation"),
+        (TokenizeRequest, {"prompt": "x", "model": "m" * 257}, "model"),
+        (ExpertRequest, {"name": "x" * 257, "expert": {}}, "name"),
+        (ExpertRequest, {"name": "x", "expert": {str(k): 1 for k in range(257)}}, "expert"),
+    ):
+        found = problem(kind, **body)
+        assert (found.status, found.param) == (400, param)
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [5] * MANY + ["x"]},
+        {"prompt": ["x"] * MANY + [5]},
+        {"prompt": [True] * MANY},
+        {"prompt": [[True] * MANY]},
+        {"prompt": [[5] * MANY + ["x"]] * 10},
+        {"prompts": {"base": [True] * MANY}},
+        {"stop": [5] * MANY},
+        {"stop_token_ids": ["x"] * MANY},
+        {"logit_bias": {f"x{k}": "x" for k in range(MANY)}},
+        {"fusion": {"experts": [5] * MANY}},
+        {"fusion": {"weights": {f"x{k}": "x" for k in range(MANY)}}},
+        {f"x{k}": 5 for k in range(MANY)},
+        {"fusion": {f"x{k}": 5 for k in range(MANY)}},
+    ],
+    ids=lambda body: str(body)[:30],
+)
+def test_a_body_of_mistakes_is_refused_at_the_first_ones(body):
+    """Each mistake costs as much as a thousand good entries, and all other requests wait."""
+    with pytest.raises(ValidationError) as caught:
+        asked(**{"prompt": "x", **body})
+    assert caught.value.error_count() < 10
+
+
+def limits(schema):
+    """Whether a JSON schema says how large a value may be."""
+    kinds = schema.get("anyOf", [schema])
+    bounds = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"}
+    free = {"boolean", "null"}
+    return all(
+        bounds & set(kind) or kind.get("type") in free or {"$ref", "enum", "const"} & set(kind)
+        for kind in kinds
+    )
+
+
+def test_the_schema_shows_the_limits():
+    """Of all fields but those whose limit is the models' context, or another field."""
+    by_context = {"prompt", "prompts", "continuation", "tokens", "content", "text", "best_of"}
+    for kind in (CompletionRequest, ChatRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest):
+        schema = kind.model_json_schema()
+        for each in (schema, *schema.get("$defs", {}).values()):
+            for name, field in each["properties"].items():
+                if name not in by_context:
+                    assert limits(field), (kind, name, field)
+
+
+def test_text_formats_and_equal_best_of_are_accepted():
+    assert asked(prompt="x", response_format={"type": "text"}, best_of=2, n=2).n == 2
+
+
+def test_a_message_that_cannot_be_sent_is_made_sendable():
+    assert Problem(400, "half \ud800").body["error"]["message"] == "half ?"
+
+
+def test_options_of_a_request_stand_above_those_of_the_name():
+    static = FusionSettings(rule="static", weights={"math": 0.5}, experts=["math"])
+    assert FusionSettings().options(static) == {
+        "rule": "static",
+        "weights": {"math": 0.5},
+        "experts": ["math"],
+    }
+    assert FusionSettings(rule="exact").options(static) == {"rule": "exact", "experts": ["math"]}
+    assert FusionSettings(alone="math").options(static) == {"alone": "math"}
+
+
+def test_seeds_go_up():
+    assert seeded(SamplingParams(seed=3), 2).seed == 5
+    assert seeded(SamplingParams(), 2).seed is None
+
+
+def test_continuations_pair_up():
+    def pairs(prompt, continuation):
+        return ScoreRequest(prompt=prompt, continuation=continuation).pairs()
+
+    assert pairs("a", ["b", "c"]) == [("a", "b"), ("a", "c")]
+    assert pairs([[1], [2]], [[3], [4]]) == [([1], [3]), ([2], [4])]
+    assert pairs([1], [3, 4]) == [([1], [3, 4])]
+    for wrong in ((["a", "b"], "c"), ("a", [1]), ("a", [""])):
+        assert (
+            "continuation" in problem(ScoreRequest, prompt=wrong[0], continuation=wrong[1]).message
+        )
+
+
+WORDS = {1: "a", 2: "bb", 3: "a", 4: "\ufffd"}
+
+
+def test_log_probabilities_of_completions():
+    output = Output(
+        token_ids=[2, 4],
+        logprobs=[-0.5, -math.inf],
+        top_logprobs=[{2: -0.5, 1: -2.0, 3: -3.0}, {3: -0.1, 1: -0.2}],
+        prompt_logprobs=[-1.0],
+        prompt_top_logprobs=[{1: -0.25}],
+    )
+    shown = completion_logprobs(Tokens.of(output, prompt=[1, 2]), WORDS.get, offset=10)
+    assert shown == {
+        "tokens": ["a", "bb", "bb", "\ufffd"],
+        "token_logprobs": [None, -1.0, -0.5, -9999.0],
+        # The more probable of two tokens that read alike; the chosen one is always there.
+        "top_logprobs": [
+            None,
+            {"a": -0.25, "bb": -1.0},
+            {"bb": -0.5, "a": -2.0},
+            {"a": -0.1, "\ufffd": -9999.0},
+        ],
+        "text_offset": [10, 11, 13, 15],
+    }
+
+
+def test_log_probabilities_of_chats():
+    output = Output(token_ids=[2, 4], logprobs=[-0.5, -1.0], top_logprobs=[{2: -0.5}, {}])
+    first, second = chat_logprobs(Tokens.of(output), WORDS.get)["content"]
+    entry = {"token": "bb", "logprob": -0.5, "bytes": [98, 98]}
+    assert first == {**entry, "top_logprobs": [entry]}
+    assert second["bytes"] is None  # a part of a character
+
+
+def answer(request, prompts=((1, 2),)):
+    echoes = ["a bb"] * len(prompts)
+    return Answer(request, "id", "dlf", prompts, text=WORDS.get, echoes=echoes)
+
+
+def test_scores_of_an_echoed_prompt_wait_for_the_first_token():
+    made = answer(asked(prompt="a bb", echo=True, logprobs=0, stream=True))
+    assert made.chunks(0, Output(prompt_logprobs=[-1.0])) == []
+    (chunk,) = made.chunks(0, Output(text="a", token_ids=[3], logprobs=[-2.0]))
+    assert chunk["choices"][0]["text"] == "a bba"
+    assert chunk["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    (chunk,) = made.chunks(0, Output(text="bb", token_ids=[2], logprobs=[-3.0]))
+    assert chunk["choices"][0]["text"] == "bb"
+    assert chunk["choices"][0]["logprobs"]["text_offset"] == [4]
+
+
+def test_usage_counts_each_prompt_once():
+    request = asked(prompt=["x", "y"], n=2, stream=True, stream_options={"include_usage": True})
+    made = answer(request, prompts=[(1, 2), (1, 2), (3,), (3,)])
+    for index in range(4):
+        (chunk,) = made.chunks(index, Output(text="a", token_ids=[1, 3]))
+        assert chunk["usage"] is None
+    (last,) = made.closing()
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    request = asked(prompt="x", stream=True, stream_options={"continuous_usage_stats": True})
+    made = answer(request)
+    (chunk,) = made.chunks(0, Output(text="a", token_ids=[1]))
+    assert chunk["usage"]["completion_tokens"] == 1
+    assert made.closing() == []
