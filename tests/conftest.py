@@ -24,7 +24,7 @@ import torch
 import workers
 import yaml
 from oracle import Oracle
-from processes import end, groups, one_at_a_time, settled
+from processes import end, free_port, groups, one_at_a_time, settled
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -61,6 +61,13 @@ def folder(tmp_path_factory) -> Path:
         tiny.tokenizer(root / name)
         expert.save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny model of each architecture."""
+    root = tmp_path_factory.mktemp("models")
+    return {arch: tiny.model(root / arch, arch, vocab=300) for arch in tiny.ARCHS}
 
 
 @pytest.fixture(scope="session")
@@ -170,6 +177,17 @@ def ray_cluster():
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def root(ray_cluster):
+    """The address of Serve."""
+    from ray import serve
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from dlf_ray.engine.frontend import Output
+from dlf_ray.engine.output import Output
 from dlf_ray.messages import SamplingParams
+from dlf_ray.serving.answers import Answer, Tokens, chat_logprobs, completion_logprobs
 from dlf_ray.serving.openai import (
-    Answer,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -17,9 +17,6 @@ from dlf_ray.serving.openai import (
     Problem,
     ScoreRequest,
     TokenizeRequest,
-    Tokens,
-    chat_logprobs,
-    completion_logprobs,
     seeded,
 )
 

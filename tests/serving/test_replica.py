@@ -8,7 +8,7 @@ import pytest
 import tiny
 from conftest import family_of
 
-from dlf_ray.engine.frontend import Output
+from dlf_ray.engine.output import Output
 from dlf_ray.messages import Limits
 from dlf_ray.serving.openai import (
     ChatRequest,

@@ -1,46 +1,31 @@
-"""The endpoint over HTTP: real Serve applications with a tiny family."""
+"""The endpoint over HTTP: a real Serve application with a tiny family under three names."""
 
 import asyncio
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
-from asking import PROMPT, TIMEOUT_S, completed, post, refused
+from asking import PROMPT, SOON_S, TIMEOUT_S, completed, events, post, refused
+from bodies import BAD, MEANT, accepted, meant
 from conftest import EXPERTS, family_file
-from processes import PATIENCE_S, TESTS, free_port
+from processes import TESTS
 
 from dlf_ray import Family, LocalEngine, SamplingParams
-from dlf_ray.evaluation.evaluate import answers
+from dlf_ray.evaluation.answering import answers
 from dlf_ray.evaluation.tasks import own_task
-from dlf_ray.models.worker import ModelWorker
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 )
-SOON_S = 10  # what is refused is refused within a second; machines that run tests are busy
-
-
-@pytest.fixture(scope="module")
-def root(ray_cluster):
-    """The address of Serve."""
-    from ray import serve
-
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +60,6 @@ def local(file):
 def client(url):
     openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
-
-
-def events(answer):
-    """The data of a stream, without its end mark."""
-    lines = [line for line in answer.iter_lines() if line]
-    assert all(line.startswith(b"data: ") for line in lines)
-    assert lines[-1] == b"data: [DONE]"
-    return [json.loads(line[6:]) for line in lines[:-1]]
 
 
 # What it says, as a client of OpenAI's reads it
@@ -438,51 +415,6 @@ def test_the_harness_scores_as_our_own_evaluation_does(url, local, tmp_path):
 
 # What it refuses
 
-BAD = [
-    ({"prompt": "x", "model": "gpt"}, 404, "gpt"),
-    ({"prompt": "x", "model": None}, 200, ""),  # all names are of one family: the first answers
-    ({"prompt": "x", "tools": []}, 400, "`tools`"),
-    ({"prompt": "x", "suffix": "y"}, 400, "`suffix`"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, 400, "`response_format.type`"),
-    ({"prompt": "x", "best_of": 3}, 400, "`best_of`"),
-    ({"prompt": "x", "no_such_field": 1}, 400, "`no_such_field`"),
-    ({"prompt": "x", "fusion": {"rules": "grid"}}, 400, "`fusion.rules`"),
-    ({"prompt": "x", "fusion": {"rule": "magic"}}, 400, "`fusion.rule`"),
-    ({"prompt": "x", "fusion": {"experts": ["chemistry"]}}, 400, "chemistry"),
-    ({"prompt": "x", "fusion": {"weights": {"math": 1.0}}}, 400, "`weights`"),
-    ({"prompt": "x", "prompts": {"chemistry": "y"}}, 400, "chemistry"),
-    ({"prompt": ["x", "y"], "prompts": {"base": "y"}}, 400, "`prompts`"),
-    ({"prompt": ""}, 400, "`prompt`"),
-    ({"prompt": []}, 400, "`prompt`"),
-    ({"prompt": [[]]}, 400, "prompt"),
-    ({}, 400, "`prompt`"),
-    ({"prompt": 5}, 400, "`prompt`"),
-    ({"prompt": ["x", 5]}, 400, "`prompt`"),
-    ({"prompt": [5] * 300}, 400, "prompt"),
-    ({"prompt": [300]}, 400, "vocabulary"),
-    ({"prompt": [-1]}, 400, "vocabulary"),
-    ({"prompt": [10**40]}, 400, "vocabulary"),
-    ({"prompt": "\ud800"}, 400, "`prompt`"),
-    ({"prompt": "x", "max_tokens": -1}, 400, "`max_tokens`"),
-    ({"prompt": "x", "max_tokens": 0}, 400, "`max_tokens`"),
-    ({"prompt": "x", "max_tokens": 10**30}, 400, "`max_tokens`"),
-    ({"prompt": "x", "max_tokens": "many"}, 400, "`max_tokens`"),
-    ({"prompt": "x", "temperature": -1}, 400, "`temperature`"),
-    ({"prompt": "x", "temperature": 10**400}, 400, "`temperature`"),
-    ({"prompt": "x", "top_p": 0}, 400, "`top_p`"),
-    ({"prompt": "x", "n": 0}, 400, "`n`"),
-    ({"prompt": "x", "n": 10**9}, 400, "`n`"),
-    ({"prompt": ["x"] * 300}, 400, "300"),
-    ({"prompt": "x", "seed": 2**70}, 400, "`seed`"),
-    ({"prompt": "x", "stop": [""]}, 400, "`stop`"),
-    ({"prompt": "x", "stop_token_ids": [300]}, 400, "`stop_token_ids`"),
-    ({"prompt": "x", "logit_bias": {"300": 1}}, 400, "`logit_bias`"),
-    ({"prompt": "x", "logit_bias": {"x": 1}}, 400, "`logit_bias"),
-    ({"prompt": "x", "logprobs": 1000}, 400, "`logprobs`"),
-    ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "`stream_options`"),
-    ({"prompt": "x", "stream": True, "fusion": {"experts": ["chemistry"]}}, 400, "chemistry"),
-]
-
 
 def test_bad_requests_are_refused_by_name(url):
     for body, status, words in BAD:
@@ -573,306 +505,7 @@ def test_64_at_once_get_what_single_ones_get(url, local):
         assert list(answers) == [output.text for output in expected]
 
 
-# A second application: slow, with keys, and room for two sequences
-
-KEY = "a key of several words"
-BREAKS_AT = 200
-ENDLESS = {"prompt": [5], "max_tokens": 250, "ignore_eos": True, "temperature": 0}
-
-
-class Slow(ModelWorker):
-    """Takes its time, and fails where a sequence gets long."""
-
-    def compute(self, plan):
-        if "large" in self.spec.model:
-            with open(f"{self.spec.model}.rows", "a") as log:
-                log.write(f"{plan.rows} {len(plan.tokens)}\n")
-            time.sleep(0.05)
-            if plan.starts.max() >= BREAKS_AT:
-                raise RuntimeError("broken at /a/secret/place")
-        return super().compute(plan)
-
-
-class Strict:
-    """The second application, and how it is asked."""
-
-    timeout_s = 8
-
-    def __init__(self, url):
-        self.url = url
-        self.headers = {"Authorization": f"Bearer {KEY}"}
-
-    def post(self, unread=False, **body):
-        return requests.post(
-            f"{self.url}/v1/completions",
-            json={"model": "slow", **body},
-            headers=self.headers,
-            timeout=TIMEOUT_S,
-            stream=unread,
-        )
-
-    def free(self):
-        """Whether there is room for two, within a time in which no endless request ends."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            if self.post(prompt=[[5], [6]], max_tokens=1).status_code == 200:
-                return True
-        return False
-
-
-@pytest.fixture(scope="module")
-def strict(root, folder, tmp_path_factory):
-    from ray import serve
-
-    from dlf_ray.serving.app import Settings, application
-
-    file = tmp_path_factory.mktemp("strict") / "slow.yaml"
-    settings = Settings.model_validate(
-        {
-            "families": {"slow": {"family": family_file(folder, file, (), max_num_seqs=2)}},
-            "max_queued": 0,
-            "request_timeout_s": Strict.timeout_s,
-        }
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DLF_API_KEYS", f"another, {KEY}")
-        app = application(settings, worker=Slow)
-    serve.run(app, name="strict", route_prefix="/strict")
-    yield Strict(f"{root}/strict")
-    serve.delete("strict")
-
-
-def test_keys(strict):
-    wrong = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": b"Bearer \xff"}]
-    for headers in wrong:
-        for path in ("/v1/completions", "/v1/models", "/openapi.json"):
-            answer = requests.get(strict.url + path, headers=headers, timeout=SOON_S)
-            refused(answer, 401, "API key")
-    for path in ("/health", "/ready", "/"):
-        assert requests.get(strict.url + path, timeout=SOON_S).status_code == 200
-    listed = requests.get(f"{strict.url}/v1/models", headers=strict.headers, timeout=SOON_S)
-    assert listed.status_code == 200
-    assert strict.post(prompt=[5], max_tokens=1).status_code == 200
-
-
-def test_the_page_is_there(strict):
-    page = requests.get(f"{strict.url}/", timeout=SOON_S)
-    assert page.headers["Content-Type"].startswith("text/html")
-    assert "<html" in page.text
-
-
-def ask(strict, body):
-    """A connection over which a request was sent."""
-    url = strict.url.removeprefix("http://")
-    address, path = url.split("/", 1)
-    host, port = address.split(":")
-    data = json.dumps({"model": "slow", **body}).encode()
-    connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
-    connection.sendall(
-        f"POST /{path}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-        + data
-    )
-    return connection
-
-
-def fill(strict, stream):
-    """A connection whose request holds all slots."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        connection = ask(strict, {**ENDLESS, "prompt": [[5], [6]], "stream": stream})
-        time.sleep(0.5)
-        answer = strict.post(prompt=[5], max_tokens=1)
-        if answer.status_code == 429:
-            assert int(answer.headers["Retry-After"]) > 0
-            refused(answer, 429, "waiting")
-            return connection
-        connection.close()  # it came later than the other
-    raise AssertionError("never full")
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_clients_that_go_away_free_their_slots(strict, stream):
-    for _ in range(3):
-        fill(strict, stream).close()
-        assert strict.free()
-
-
-def test_what_takes_too_long_ends(strict):
-    refused(strict.post(**ENDLESS), 504, "8 s")
-    assert strict.free()
-    *_, last = events(strict.post(**ENDLESS, stream=True))
-    assert "8 s" in last["error"]["message"]
-    assert strict.free()
-
-
-def test_a_failure_on_the_way_ends_the_stream_cleanly(strict):
-    body = {**ENDLESS, "prompt": [5] * (BREAKS_AT - 4)}
-    answer = strict.post(**body, stream=True)
-    assert answer.status_code == 200
-    *chunks, last = events(answer)
-    assert len(chunks) >= 3
-    assert last["error"]["type"] == "server_error"
-    for told in (answer.text, strict.post(**body).text):
-        assert "secret" not in told
-        assert "Traceback" not in told
-    refused(strict.post(**body), 500)
-    assert strict.free()
-
-
-def logged(id, count=1):
-    """The lines that the log has of requests whose ids hold `id`, once there are so many."""
-    import ray
-
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-
-    def lines():
-        for path in logs.glob("worker-*.out"):
-            yield from (line for line in path.read_text().splitlines() if id in line)
-
-    deadline = time.monotonic() + PATIENCE_S
-    while len(found := list(lines())) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return [json.loads(line) for line in found], logs
-
-
-def test_clients_that_leave_a_stream_are_logged_as_that(strict):
-    body = {**ENDLESS, "stream": True}
-    for k in range(12):
-        headers = {**strict.headers, "X-Request-Id": f"leaves-{k}."}
-        url = f"{strict.url}/v1/completions"
-        with requests.post(
-            url, json={"model": "slow", **body}, headers=headers, stream=True, timeout=TIMEOUT_S
-        ) as answer:
-            assert answer.status_code == 200
-            next(answer.iter_lines())
-            time.sleep(0.03 * k)
-    lines, logs = logged("leaves-", 12)
-    assert [line["status"] for line in lines] == [499] * 12
-    errors = "".join(path.read_text() for path in (logs / "serve").glob("replica_strict_*.log"))
-    assert "request leaves-" not in errors
-    assert strict.free()
-
-
-def rows_of(folder):
-    return [tuple(map(int, line.split())) for line in (folder / "large.rows").open()]
-
-
-def test_a_score_computes_the_rows_of_the_continuation(strict, folder):
-    """And what several continuations have before them once."""
-    prompt = [5 + k % 200 for k in range(200)]
-    asked = {"model": "slow", "prompt": prompt}
-
-    def cost(**body):
-        before = len(rows_of(folder))
-        answer = requests.post(
-            f"{strict.url}/v1/score",
-            json={**asked, **body},
-            headers=strict.headers,
-            timeout=TIMEOUT_S,
-        )
-        assert answer.status_code == 200, answer.text
-        rows, tokens = zip(*rows_of(folder)[before:], strict=True)
-        return sum(rows), sum(tokens)
-
-    assert cost(continuation=[7]) == (1, 200)
-    rows, tokens = cost(prompt=prompt[::-1], continuation=[[8], [9, 10]])
-    assert rows == 3
-    assert tokens < 220
-
-
-def test_every_request_is_a_line_in_the_log(strict):
-    id = "my-request.1"
-    headers = {**strict.headers, "X-Request-Id": id}
-    body = {**ENDLESS, "prompt": [5, 6], "max_tokens": 3, "user": "me"}
-    url = f"{strict.url}/v1/completions"
-    answer = requests.post(url, json=body, headers=headers, timeout=TIMEOUT_S)
-    assert answer.headers["X-Request-Id"] == id
-    assert answer.json()["id"] == f"cmpl-{id}"
-    (line,), logs = logged(id)
-    expected = {
-        "id": id,
-        "method": "POST",
-        "path": "/strict/v1/completions",
-        "status": 200,
-        "model": "slow",
-        "user": "me",
-        "prompt_tokens": 2,
-        "completion_tokens": 3,
-    }
-    assert expected.items() <= line.items()
-    assert 0 < line["first_s"] <= line["seconds"] < TIMEOUT_S
-    assert KEY not in "".join(path.read_text() for path in logs.glob("worker-*.out"))
-
-
-@pytest.mark.slow
-def test_a_replica_whose_coordinator_died_is_replaced(strict):
-    """Streams that it cuts end with an error, new requests are served by the next one."""
-    cut = strict.post(unread=True, **ENDLESS, stream=True)  # its first token is there
-    mine = psutil.Process().children(recursive=True)
-    named = [p for p in mine if "ray::CoordinatorActor" in " ".join(p.cmdline())]
-    max(named, key=psutil.Process.create_time).kill()  # the last to start is this application's
-    *_, last = events(cut)
-    assert "try again later" in last["error"]["message"]
-    refused(strict.post(**ENDLESS), 503, "try again later")
-    deadline = time.monotonic() + 200
-    while (answer := strict.post(prompt=[5], max_tokens=1)).status_code != 200:
-        assert answer.status_code in (503, 504)  # it failed, or none is there to be asked
-        refused(answer, answer.status_code, "try again later")
-        assert time.monotonic() < deadline
-        time.sleep(1)
-
-
 # Everything at once
-
-
-MEANT = {
-    "/v1/completions": {"model": "dlf", "prompt": PROMPT, "max_tokens": 1},
-    "/v1/chat/completions": {
-        "model": "large",
-        "messages": [{"role": "user", "content": "Hello"}],
-        "max_tokens": 1,
-    },
-    "/v1/score": {"model": "dlf", "prompt": PROMPT, "continuation": " rock"},
-    "/tokenize": {"model": "dlf"},
-    "/detokenize": {"model": "dlf", "tokens": [5, 6]},
-}
-
-
-def meant(body, path):
-    """A body of the schema, about models, experts and tokens that there are, and without fields
-    that exclude each other; one short answer each, so that there is time for many."""
-    if path not in MEANT:
-        return body
-    made = {name: value for name, value in body.items() if value is not None} | MEANT[path]
-    for name in ("n", "best_of", "prompts", "max_completion_tokens", "response_format"):
-        made.pop(name, None)
-    if not made.get("stream"):
-        made.pop("stream_options", None)
-    if made.get("top_logprobs"):
-        made["logprobs"] = True
-    made["min_tokens"] = min(made.get("min_tokens", 0), 1)
-    made["stop_token_ids"] = [token % 300 for token in made.get("stop_token_ids", [])]
-    made["logit_bias"] = {
-        str(int(token) % 300): bias
-        for token, bias in made.get("logit_bias", {}).items()
-        if re.fullmatch("[0-9]{1,9}", token)  # a schema's pattern forbids no other names
-    }
-    fusion = {name: value for name, value in made.get("fusion", {}).items() if value is not None}
-    about = {"experts": ["math"], "bounds": {"math": [0, 1]}, "step": 0.1, "alone": "math"}
-    fusion |= {name: value for name, value in about.items() if name in fusion}
-    if fusion.pop("weights", None):
-        fusion |= {"rule": "static", "weights": {"math": 0.5}}
-    if "alone" in fusion:
-        fusion = {"alone": "math"}
-    elif "bounds" in fusion:
-        fusion["experts"] = ["math"]
-    made["fusion"] = fusion
-    known = {"/v1/score": {"model", "prompt", "continuation", "fusion"}}
-    known |= {"/tokenize": {"model", "prompt", "add_special_tokens"}}
-    known |= {"/detokenize": {"model", "tokens"}}
-    return {name: value for name, value in made.items() if name in known.get(path, made)}
 
 
 @pytest.mark.slow
@@ -907,68 +540,6 @@ def test_no_request_of_the_schema_is_a_server_error(url):
         assert answers[path].count(200) >= 15, (path, answers[path])
         assert 400 in answers[path]
     assert 200 in answers["/v1/models"]
-
-
-def accepted():
-    """Bodies of completions that are accepted, of values as extreme as that allows."""
-    from hypothesis import strategies as st
-
-    def maybe(**fields):
-        return st.fixed_dictionaries({}, optional=fields)
-
-    def ends(low, high, *between):
-        return st.sampled_from([low, high, *between])
-
-    wide = {"experts": ["math"], "bounds": {"math": [-100, 100]}, "step": 2}
-    fusion = st.one_of(
-        maybe(
-            rule=st.sampled_from(["grid", "exact"]),
-            select=st.sampled_from(["paper", "strongest", "blend"]),
-            step=ends(0.1, 2.0),
-            experts=st.sampled_from([[], ["math"], ["facts", "math"], list(EXPERTS)]),
-            return_weights=st.booleans(),
-            trace=st.booleans(),
-        ),
-        st.fixed_dictionaries(
-            {
-                "rule": st.just("static"),
-                "weights": st.dictionaries(
-                    st.sampled_from(EXPERTS), ends(-100, 100, 1e-300), max_size=3
-                ),
-            },
-        ),
-        st.sampled_from(
-            [
-                wide,
-                {**wide, "rule": "exact"},
-                {**wide, "bounds": {"math": [-1e-300, 100]}},
-                {**wide, "bounds": {"math": [99.999, 100]}, "step": 1e-2},
-                {"alone": "large"},
-                {"alone": "math"},
-            ]
-        ),
-    )
-    return maybe(
-        fusion=fusion,
-        temperature=ends(0, 100, 1e-300, 1e-4),
-        top_p=ends(1e-300, 1.0, 0.5),
-        top_k=ends(-1, 2**31 - 1, 1),
-        min_p=ends(0.0, 1.0, 1e-300),
-        seed=ends(0, 2**63 - 1),
-        presence_penalty=ends(-2.0, 2.0),
-        frequency_penalty=ends(-2.0, 2.0),
-        repetition_penalty=ends(0.01, 100.0),
-        logit_bias=st.sampled_from(
-            [{str(k): 100.0 for k in range(300)}, {str(k): -100.0 for k in range(300)}, {"0": 1e-9}]
-        ),
-        stop=st.sampled_from([["x" * 1024] * 64, ["\U0001f600"], "\x00"]),
-        stop_token_ids=st.sampled_from([list(range(300)), [0]]),
-        ignore_eos=st.booleans(),
-        min_tokens=ends(0, 4),
-        logprobs=ends(0, 20),
-        echo=st.booleans(),
-        user=st.text(max_size=256),
-    )
 
 
 @pytest.mark.slow
@@ -1009,106 +580,3 @@ def test_searches_of_too_many_candidates_are_refused(url):
         answer = post(url, prompt="x", fusion=fusion)
         assert refused(answer, 400, "candidates")["param"] == "bounds"
     assert completed(url, prompt="x")
-
-
-class Late(ModelWorker):
-    """Takes its time to load."""
-
-    def load(self):
-        time.sleep(25)
-        return super().load()
-
-
-@pytest.mark.slow
-def test_deploying_again_answers_every_request(root, folder, tmp_path):
-    """Requests wait while the models load, longer than Serve gives an ingress by itself."""
-    from ray import serve
-
-    from dlf_ray.serving.app import Settings, application
-
-    file = family_file(folder, tmp_path / "again.yaml", ())
-
-    def deploy(worker=ModelWorker, **changed):
-        settings = Settings.model_validate({"families": {"again": file}, **changed})
-        serve.run(application(settings, worker=worker), name="again", route_prefix="/again")
-
-    deploy()
-    done, answers = threading.Event(), []
-
-    def asking():
-        while not done.is_set():
-            body = {"model": "again", "prompt": [5], "max_tokens": 2, "ignore_eos": True}
-            answer = requests.post(f"{root}/again/v1/completions", json=body, timeout=150)
-            answers.append((answer.status_code, answer.text))
-
-    with ThreadPoolExecutor(48) as pool:
-        try:
-            asked = [pool.submit(asking) for _ in range(48)]
-            time.sleep(2)
-            deploy(Late, max_queued=255)
-            time.sleep(2)
-        finally:
-            done.set()
-        for each in asked:
-            each.result()
-    serve.delete("again")
-    assert len(answers) > 2 * 48
-    assert not [each for each in answers if each[0] != 200]
-
-
-@pytest.mark.slow
-def test_families_come_and_go_with_the_load(root, folder, tmp_path):
-    """Two replicas when many ask, one when few do; no request fails meanwhile."""
-    from ray import serve
-
-    from dlf_ray.serving.app import Settings, build_app
-
-    scaling = {
-        "min_replicas": 1,
-        "max_replicas": 2,
-        "target_ongoing_requests": 2,
-        "upscale_delay_s": 0.5,
-        "downscale_delay_s": 2,
-        "metrics_interval_s": 0.5,
-        "look_back_period_s": 2,
-    }
-    file = family_file(folder, tmp_path / "small.yaml", ())
-    settings = Settings.model_validate(
-        {"families": {"small": {"family": file}}, "autoscaling_config": scaling}
-    )
-    serve.run(build_app(settings), name="scaled", route_prefix="/scaled")
-
-    def running():
-        found = serve.status().applications["scaled"].deployments
-        (family,) = [found[name] for name in found if name.startswith("family")]
-        return family.replica_states.get("RUNNING", 0)
-
-    enough, failures, served = threading.Event(), [], []
-
-    def asking(number):
-        while not enough.is_set() or (number == 0 and not done.is_set()):
-            body = {"model": "small", "prompt": [5], "max_tokens": 50, "ignore_eos": True}
-            answer = post(f"{root}/scaled", **body)
-            (served if answer.status_code == 200 else failures).append(answer.text)
-
-    def until(count):
-        deadline = time.monotonic() + PATIENCE_S
-        while running() != count:
-            assert time.monotonic() < deadline
-            assert not failures
-            time.sleep(0.2)
-
-    done = threading.Event()
-    with ThreadPoolExecutor(12) as pool:
-        try:
-            for number in range(12):
-                pool.submit(asking, number)
-            until(2)
-            enough.set()
-            until(1)
-        finally:
-            enough.set()
-            done.set()
-    serve.delete("scaled")
-    assert served
-    assert not failures
