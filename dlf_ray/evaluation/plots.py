@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dlf_ray.evaluation.results import Steps, steps
+from dlf_ray.evaluation.statistics import Steps, steps
 
 POINTS = 80
 """At most, of a curve."""

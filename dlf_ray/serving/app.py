@@ -28,7 +28,8 @@ from starlette.types import ASGIApp
 
 from dlf_ray.config import Family
 from dlf_ray.engine.engine import Engine
-from dlf_ray.engine.frontend import EngineError, resolve
+from dlf_ray.engine.options import resolve
+from dlf_ray.engine.output import EngineError
 from dlf_ray.engine.placement import check_cluster, label_selectors, needs, resources, settled
 from dlf_ray.models.worker import ModelWorker
 from dlf_ray.serving.experts import Follower, Report

@@ -20,13 +20,14 @@ from typing import Any
 import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dlf_ray.rules import RULES, SELECTS
 from dlf_ray.serving.experts import changes, overall, want
 from dlf_ray.serving.openai import (
     MAX_NAME,
@@ -291,9 +292,11 @@ def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
             return Response(to_json({"status": "ready"}), media_type="application/json")
         return refusal(Problem(503, "not all models answer yet"))
 
+    page = _playground()
+
     @app.get("/", include_in_schema=False)
     async def playground() -> Response:
-        return FileResponse(str(files("dlf_ray") / "playground.html"), media_type="text/html")
+        return HTMLResponse(page)
 
     return app
 
@@ -403,6 +406,16 @@ class Guard:
         # All of them, so that the time says nothing about which one came close.
         matches = [hmac.compare_digest(sent, key) for key in self.keys]
         return any(matches)
+
+
+def _playground() -> str:
+    """The page, with the rules and selections that there are."""
+    page = (files("dlf_ray.serving") / "playground.html").read_text(encoding="utf-8")
+    # Given weights are a pane of their own.
+    rules = [name for name, rule in RULES.items() if not rule.given]
+    for place, names in (("{rules}", rules), ("{selects}", list(SELECTS))):
+        page = page.replace(place, "".join(f"<option>{name}</option>" for name in names))
+    return page
 
 
 def digest(key: bytes) -> bytes:

@@ -20,10 +20,12 @@ from pydantic import BaseModel, ConfigDict
 
 from dlf_ray.config import LARGE
 from dlf_ray.engine.engine import Engine
-from dlf_ray.engine.frontend import EngineError, FusionOptions, Output, Prompts, resolve
+from dlf_ray.engine.frontend import Prompts
+from dlf_ray.engine.options import FusionOptions, resolve
+from dlf_ray.engine.output import EngineError, Output
 from dlf_ray.messages import SamplingParams
+from dlf_ray.serving.answers import Answer, finite, usage
 from dlf_ray.serving.openai import (
-    Answer,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -33,10 +35,8 @@ from dlf_ray.serving.openai import (
     Prompt,
     ScoreRequest,
     TokenizeRequest,
-    finite,
     listed,
     seeded,
-    usage,
 )
 
 STREAM_END = b"data: [DONE]\n\n"

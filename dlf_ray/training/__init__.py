@@ -1,1 +1,1 @@
-"""Where experts come from: `train`, a loop in plain torch, and `demo`, the tiny family."""
+"""Where experts come from: `train` is a loop in plain torch, `demo` a tiny family on a `corpus`."""

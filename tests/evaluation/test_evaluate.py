@@ -16,12 +16,18 @@ import yaml
 from conftest import EXPERTS, family_of
 
 from dlf_ray import EngineError, LocalEngine, SamplingParams
-from dlf_ray.evaluation import evaluate
-from dlf_ray.evaluation.evaluate import Experiment, TaskSpec, answers, method_options, run
-from dlf_ray.evaluation.results import UPPER_BOUND, read, summary
+from dlf_ray.evaluation import provenance
+from dlf_ray.evaluation.answering import answers
+from dlf_ray.evaluation.evaluate import run
+from dlf_ray.evaluation.experiment import Experiment, TaskSpec, method_options
+from dlf_ray.evaluation.results import UPPER_BOUND, read
+from dlf_ray.evaluation.statistics import summary
 from dlf_ray.evaluation.tasks import own_task
 
-METHODS = ("large", "base", "expert:math", "static:0.5", "dynamic", "dynamic:blend@math+prose")
+METHODS = (
+    *("large", "base", "expert:math", "static:0.5", "entropy@math+facts", "consistency"),
+    *("dynamic", "dynamic:blend@math+prose"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,7 @@ def test_methods_stand_for_what_they_say(folder):
     static = {"rule": "static", "experts": experts, "weights": weights}
     assert method_options("static:0.5", family) == static
     assert method_options("dynamic@math", family) == {"rule": "grid", "experts": ["math"]}
+    assert method_options("entropy@math", family) == {"rule": "entropy", "experts": ["math"]}
     blend = {"rule": "grid", "select": "blend", "experts": ["math", "prose"]}
     assert method_options("dynamic:blend@math+prose", family) == blend
 
@@ -386,32 +393,32 @@ def installed(monkeypatch):
             def read_text(self, name):
                 return text if name == "direct_url.json" else None
 
-        monkeypatch.setattr(evaluate, "distribution", lambda _: Distribution())
+        monkeypatch.setattr(provenance, "distribution", lambda _: Distribution())
 
     note(None)
     return note
 
 
 def test_the_commit_is_that_of_the_checkout(checkout, installed):
-    assert evaluate._commit(checkout) == git(checkout, "rev-parse", "HEAD")
+    assert provenance._commit(checkout) == git(checkout, "rev-parse", "HEAD")
 
 
 def test_another_repository_around_is_not_taken_for_it(checkout, installed):
     """Neither an environment in somebody's project, nor a copy of this one in it."""
     inside = checkout / ".venv" / "site-packages"
     inside.mkdir(parents=True)
-    assert evaluate._commit(inside) is None
+    assert provenance._commit(inside) is None
     (inside / "pyproject.toml").write_text('[project]\nname = "dlf_ray"\n')
-    assert evaluate._commit(inside) is None
+    assert provenance._commit(inside) is None
     (checkout / "pyproject.toml").write_text('[project]\nname = "other"\n')
-    assert evaluate._commit(checkout) is None
+    assert provenance._commit(checkout) is None
     (checkout / "pyproject.toml").write_text("[tool.ruff]\n")
-    assert evaluate._commit(checkout) is None
+    assert provenance._commit(checkout) is None
 
 
 def test_without_git_there_is_no_commit(checkout, installed, monkeypatch, family_file, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert evaluate._commit(checkout) is None
+    assert provenance._commit(checkout) is None
     made = experiment(family_file, tmp_path, methods=("large",))
     quiet(made)
     assert {row["commit"] for row in comparable(made.output)} == {None}
@@ -420,9 +427,9 @@ def test_without_git_there_is_no_commit(checkout, installed, monkeypatch, family
 def test_what_pip_took_from_a_repository_has_its_commit(tmp_path, installed):
     vcs = {"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}
     installed(json.dumps(vcs))
-    assert evaluate._commit(tmp_path) == "c0ffee"
+    assert provenance._commit(tmp_path) == "c0ffee"
     installed(json.dumps({"url": "file:///x", "dir_info": {"editable": True}}))
-    assert evaluate._commit(tmp_path) is None
+    assert provenance._commit(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -462,7 +469,8 @@ SCRIPT = """
 import sys
 from dlf_ray import LocalEngine
 from dlf_ray.evaluation import results
-from dlf_ray.evaluation.evaluate import Experiment, run
+from dlf_ray.evaluation.experiment import Experiment
+from dlf_ray.evaluation.evaluate import run
 results.FLUSH_ROWS = 3
 run(Experiment.from_yaml(sys.argv[1]), LocalEngine, log=lambda line: print(line, flush=True))
 """

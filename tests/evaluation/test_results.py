@@ -13,17 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dlf_ray.evaluation import results
-from dlf_ray.evaluation.results import (
-    KEY,
-    SCHEMA,
-    Estimate,
-    Results,
-    read,
-    read_config,
-    steps,
-    summary,
-)
+from dlf_ray.evaluation import results, statistics
+from dlf_ray.evaluation.results import KEY, SCHEMA, Results, read, read_config
+from dlf_ray.evaluation.statistics import Estimate, steps, summary
 
 CONFIG = {"tasks": ["sums"], "fusion": {"rule": "grid", "step": 0.1}, "seed": 0}
 
@@ -376,13 +368,13 @@ def test_the_interval_is_wilsons_for_right_and_wrong_and_a_bootstrap_for_the_res
 
 def test_the_bootstrap_covers_what_the_normal_interval_does_and_never_changes():
     values = np.random.default_rng(1).gamma(2.0, size=400)
-    one = results.bootstrap([values])
-    assert one == results.bootstrap([values])
+    one = statistics.bootstrap([values])
+    assert one == statistics.bootstrap([values])
     half = 1.96 * values.std() / 20
     assert (one.mean - one.low, one.high - one.mean) == pytest.approx((half, half), rel=0.15)
-    assert results.bootstrap([np.array([0.5])]) == Estimate(0.5, 0.5, 0.5, 1, "bootstrap")
+    assert statistics.bootstrap([np.array([0.5])]) == Estimate(0.5, 0.5, 0.5, 1, "bootstrap")
     # Two groups of one kind are as good as twice the items.
-    both = results.bootstrap([values, np.random.default_rng(2).gamma(2.0, size=400)])
+    both = statistics.bootstrap([values, np.random.default_rng(2).gamma(2.0, size=400)])
     assert both.high - both.low == pytest.approx((one.high - one.low) / 2**0.5, rel=0.15)
 
 

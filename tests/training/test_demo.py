@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlf_ray.config import Family
-from dlf_ray.training import demo, train
+from dlf_ray.training import corpus, demo, train
 
 TINY = demo.Size(hidden=16, layers=1, heads=2, feed_forward=32, steps=4, lr=1e-2)
 RECIPE = demo.Recipe(large=TINY, base=TINY, rows=2, length=32, expert_steps=2, upper_steps=2)
@@ -21,11 +21,11 @@ def weights(folder, name):
     return AutoModelForCausalLM.from_pretrained(folder / name).state_dict()
 
 
-@pytest.mark.parametrize("task", demo.TASKS)
+@pytest.mark.parametrize("task", corpus.TASKS)
 def test_items_are_deterministic_and_the_splits_share_nothing(task):
-    splits = {split: demo.items(task, split, 0) for split in demo.SHARES}
-    assert splits == {split: demo.items(task, split, 0) for split in demo.SHARES}
-    assert splits["test"] != demo.items(task, "test", 1)
+    splits = {split: corpus.items(task, split, 0) for split in corpus.SHARES}
+    assert splits == {split: corpus.items(task, split, 0) for split in corpus.SHARES}
+    assert splits["test"] != corpus.items(task, "test", 1)
     assert len(splits["test"]) >= 300
     prompts = [item.prompt for part in splits.values() for item in part]
     assert len(set(prompts)) == len(prompts)
@@ -35,11 +35,11 @@ def test_items_are_deterministic_and_the_splits_share_nothing(task):
 
 
 def test_no_person_and_no_word_is_in_two_splits():
-    frame = {word for question in demo.QUESTIONS.values() for word in question[:-1].split()}
-    for task in demo.TASKS:
+    frame = {word for question in corpus.QUESTIONS.values() for word in question[:-1].split()}
+    for task in corpus.TASKS:
         seen = set()
-        for split in demo.SHARES:
-            questions = [item.prompt.split("?")[0] for item in demo.items(task, split, 0)]
+        for split in corpus.SHARES:
+            questions = [item.prompt.split("?")[0] for item in corpus.items(task, split, 0)]
             words = {word for question in questions for word in question.split()[1:]} - frame
             assert words
             assert not words & seen
@@ -48,26 +48,26 @@ def test_no_person_and_no_word_is_in_two_splits():
 
 def test_an_unknown_task_names_the_valid_ones():
     with pytest.raises(ValueError, match="people, spelling"):
-        demo.items("chess", "dev", 0)
+        corpus.items("chess", "dev", 0)
 
 
 def test_the_folder_is_a_complete_family(folder):
     family = Family.from_yaml(folder / "family.yaml")
-    assert tuple(family.experts) == demo.TASKS
+    assert tuple(family.experts) == corpus.TASKS
     folders = [spec.model for spec in family.models.values()]
-    folders += [str(folder / f"upper-{task}") for task in demo.TASKS]
+    folders += [str(folder / f"upper-{task}") for task in corpus.TASKS]
     for path in folders:
         model = AutoModelForCausalLM.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         end = tokenizer.eos_token_id
-        assert tokenizer.convert_ids_to_tokens(end) == demo.END
+        assert tokenizer.convert_ids_to_tokens(end) == corpus.END
         assert model.generation_config.eos_token_id == model.config.eos_token_id == end
         assert model.config.vocab_size == len(tokenizer)
-        for task in demo.TASKS:
+        for task in corpus.TASKS:
             for split in ("dev", "test"):
                 lines = (folder / f"{task}-{split}.jsonl").read_text().splitlines()
-                items = [demo.Item(**json.loads(line)) for line in lines]
-                assert items == demo.items(task, split, 0)
+                items = [corpus.Item(**json.loads(line)) for line in lines]
+                assert items == corpus.items(task, split, 0)
         item = items[0]
         # Nothing is added around a text, and an answer has the same tokens alone and in place.
         prompt, answer = tokenizer(item.prompt)["input_ids"], tokenizer(item.answer)["input_ids"]
