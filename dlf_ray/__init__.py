@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dlf_ray.config import Family
-from dlf_ray.engine.frontend import EngineError, Output
+from dlf_ray.engine.output import EngineError, Output
 from dlf_ray.messages import SamplingParams
 
 if TYPE_CHECKING:

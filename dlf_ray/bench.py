@@ -31,18 +31,9 @@ from dlf_ray.decoding.scheduler import Sequence as Queued
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.local import LocalEngine
-from dlf_ray.messages import (
-    Description,
-    FusionParams,
-    Limits,
-    Logits,
-    Lost,
-    Plan,
-    Ready,
-    Request,
-    SamplingParams,
-)
+from dlf_ray.messages import Description, FusionParams, Limits, Lost, Ready, Request, SamplingParams
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.plans import Logits, Plan
 
 FUSION_STAGES = ("aim", "weigh", "sample")
 ITEMSIZE = torch.float32.itemsize
@@ -370,7 +361,7 @@ def _sequence(id: int, prompt: Sequence[int], new: int, *continuation: int) -> Q
     request = Request(
         id=id, prompt=tuple(prompt), continuation=continuation, sampling=sampling, fusion=FUSION
     )
-    return Queued(request, room=new)
+    return Queued(request, max_new_tokens=new)
 
 
 def _scoring_steps(sharing: bool) -> int:

@@ -18,9 +18,8 @@ import msgspec
 import yaml
 
 from dlf_ray.messages import MAX_WEIGHT, check_candidates
+from dlf_ray.rules import RULES, Rule, Select
 
-Rule = Literal["grid", "exact", "static"]
-Select = Literal["paper", "strongest", "blend"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 LOGITS_BYTES = 2**25
@@ -112,11 +111,11 @@ class Fusion(_Section, frozen=True):
     """How weights are found at each step; the defaults are the paper's."""
 
     rule: Rule = "grid"
-    """`grid` (the paper's search), `exact` (its minimum in the reals), `static` (fixed weights)."""
+    """How the weights are found; `rules.RULES` has them all."""
     step: float = 0.1
     """Distance between two candidates of the grid."""
     select: Select = "paper"
-    """With several experts: `paper` (the best single one), `strongest`, `blend`."""
+    """Which of several experts speaks; `rules.SELECTS` has them all."""
     weights: dict[str, float] = {}
     """For `static`: the weight of each expert; an expert not named has 1.0 (proxy tuning)."""
 
@@ -132,7 +131,7 @@ class Fusion(_Section, frozen=True):
             raise ValueError(
                 f"`weights` must be within -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {self.weights}"
             )
-        if self.weights and self.rule != "static":
+        if self.weights and not RULES[self.rule].given:
             raise ValueError(f"`weights` belong to rule static; rule {self.rule} finds its own")
 
 
@@ -202,7 +201,7 @@ class Family(_Section, frozen=True):
                 f"`fusion.weights` names {sorted(unknown)}, which are not experts of the family; "
                 f"its experts are {sorted(self.experts)}"
             )
-        if self.fusion.rule != "static":
+        if RULES[self.fusion.rule].searches:
             check_candidates([each.bounds for each in self.experts.values()], self.fusion.step)
 
     @property

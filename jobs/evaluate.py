@@ -16,7 +16,8 @@ import ray
 
 from dlf_ray import Engine, Family
 from dlf_ray.engine.placement import settled
-from dlf_ray.evaluation.evaluate import Experiment, run
+from dlf_ray.evaluation.evaluate import run
+from dlf_ray.evaluation.experiment import Experiment
 
 
 def main() -> None:

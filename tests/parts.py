@@ -14,7 +14,8 @@ from dlf_ray import SamplingParams
 from dlf_ray.decoding.scheduler import Sequence
 from dlf_ray.engine.local import LocalFabric
 from dlf_ray.engine.transport import Hub, WorkerLink
-from dlf_ray.messages import FusionParams, Logits, Lost, Plan, Ready, Request
+from dlf_ray.messages import FusionParams, Lost, Ready, Request
+from dlf_ray.plans import Logits, Plan
 
 FUSION = FusionParams(
     rule="grid", select="paper", step=0.1, experts=("math",), bounds=((0.0, 2.0),)
@@ -33,7 +34,7 @@ def sequence(id, prompt, new=3, prompts=None, fusion=FUSION, continuation=()):
         sampling=SamplingParams(max_tokens=new),
         fusion=fusion,
     )
-    return Sequence(request, room=new)
+    return Sequence(request, max_new_tokens=new)
 
 
 class Flaky(LocalFabric):

@@ -5,6 +5,7 @@ What the package computes in batches, with caches, shards and sums must agree wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,8 +56,10 @@ def fuse(
     alone = torch.eye(count).tolist()
     strongest = pulls.index(max(pulls))
 
-    if rule == "static":
-        directions = [[1.0] * count if weights is None else list(weights)]
+    if rule not in ("grid", "exact"):
+        fixed = {"entropy": entropy, "consistency": consistency}
+        given = [1.0] * count if weights is None else list(weights)
+        directions = [fixed[rule](experts) if rule in fixed else given]
         limits = [(1.0, 1.0)]
     elif select == "paper":
         directions = alone
@@ -84,6 +87,31 @@ def fuse(
                 best = Answer(own, loss, fused, (f, g), table, pulls)
     assert best is not None
     return best
+
+
+def entropy(experts: Sequence[Tensor]) -> list[float]:
+    """Experts weighed by the inverse entropy of their distributions."""
+    sure = [1 / max(1e-6, -float((x.softmax(-1) * x.log_softmax(-1)).sum())) for x in experts]
+    return [each / sum(sure) for each in sure]
+
+
+def consistency(experts: Sequence[Tensor]) -> list[float]:
+    """CoRE: how near each expert's ten best tokens are to the mean of all, over its entropy."""
+    probs: list[dict[int, float]] = []
+    for x in experts:
+        tenth = sorted(x.tolist())[-10:][0]
+        best = [token for token, logit in enumerate(x.tolist()) if logit >= tenth]
+        probs.append(dict(zip(best, x[best].softmax(-1).tolist(), strict=True)))
+    considered = {token for each in probs for token in each}
+    scores = []
+    for each in probs:
+        agreement = 0.0
+        for token in considered:
+            mean = sum(other.get(token, 0.0) for other in probs) / len(probs)
+            near = math.exp(-2 * abs(each.get(token, 0.0) - mean))
+            agreement += (near - math.exp(-2)) / (1 - math.exp(-2))
+        scores.append(agreement / max(1e-6, -sum(p * math.log(p) for p in each.values())))
+    return [score / sum(scores) for score in scores]
 
 
 def mixed(parts: Sequence[float], shifts: Sequence[Tensor]) -> Tensor:

@@ -18,34 +18,24 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from dlf_ray.config import BASE, LARGE, EngineConfig, Rule, Select
-from dlf_ray.decoding.fusion import Aims, Fused, aim, weigh
+from dlf_ray.config import EngineConfig
+from dlf_ray.decoding.fusion import Fused
+from dlf_ray.decoding.groups import Decided, Group, Kind
 from dlf_ray.decoding.losses import Deaths, Losses, Suspects
 from dlf_ray.decoding.sampling import Penalties, penalised, sample, top_logprobs, uniform
 from dlf_ray.decoding.scheduler import Scheduler, Step
 from dlf_ray.decoding.stream import Stream
 from dlf_ray.decoding.telemetry import Telemetry
 from dlf_ray.decoding.text import Detokenizer, TextStream
-from dlf_ray.errors import is_out_of_memory, sticks
-from dlf_ray.messages import (
-    Chunk,
-    Failed,
-    FinishReason,
-    FusionParams,
-    Limits,
-    Logits,
-    Lost,
-    Plan,
-    Ready,
-    Request,
-    Timings,
-)
+from dlf_ray.errors import sticks
+from dlf_ray.messages import Chunk, Failed, FinishReason, Limits, Lost, Ready, Request, Timings
 from dlf_ray.metrics import Clock, Sink
+from dlf_ray.plans import Logits, Plan
 
 log = logging.getLogger("dlf_ray")
 
@@ -65,112 +55,6 @@ class Fabric(Protocol):
 
     def changes(self) -> Iterator[tuple[str, Lost | Ready]]:
         """Models that were lost or have become ready since the last step."""
-
-
-class Kind(NamedTuple):
-    """What the rows of one pass have in common; step, bounds and weights are each row's own."""
-
-    rule: Rule
-    select: Select
-    experts: tuple[str, ...]
-    alone: str | None
-
-    @classmethod
-    def of(cls, fusion: FusionParams) -> Kind:
-        if not fusion.experts:  # nothing to weigh
-            return cls("grid", "paper", (), fusion.alone)
-        # Fixed weights leave nothing to select.
-        select = "paper" if fusion.rule == "static" else fusion.select
-        return cls(fusion.rule, select, fusion.experts, None)
-
-
-@dataclass
-class Group:
-    """The rows of a step that are fused in one pass, [R] of them."""
-
-    kind: Kind
-    owners: list[Stream] = field(default_factory=list)
-    """[R]: whose each row is."""
-    logits: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[R, V] of each model, as they arrive."""
-    aims: Aims | None = None
-    error: str | None = None
-    """Why its rows cannot be fused."""
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        if self.kind.alone:
-            return (self.kind.alone,)
-        return (LARGE, BASE, *self.kind.experts) if self.kind.experts else (LARGE,)
-
-    @property
-    def sequences(self) -> dict[Stream, None]:
-        return dict.fromkeys(self.owners)
-
-    def take(self, model: str, logits: torch.Tensor) -> None:
-        """One model's rows; the last small model's settle what the large one is to aim at."""
-        self.logits[model] = logits
-        small = self.models[1:]
-        if model in small and all(name in self.logits for name in small):
-            try:
-                self._aim()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.aims = None  # `fuse` tries fewer rows at once
-
-    def _aim(self) -> None:
-        self.aims = aim(
-            self.logits[BASE],
-            [self.logits[name] for name in self.kind.experts],
-            rule=self.kind.rule,
-            select=self.kind.select,
-            weights=self._numbers("weights") if self.kind.rule == "static" else None,
-        )
-
-    def fuse(self) -> Fused:
-        """Where there is no memory for all rows at once, for one half after the other."""
-        logits = self.logits[self.models[0]]
-        if not self.kind.experts:  # one model alone: nothing to fuse
-            logits = logits.float()
-            none = logits.new_zeros(len(logits))
-            return Fused(logits, none[:, None][:, :0], none, logits.new_zeros(len(logits), 2))
-        try:
-            if self.aims is None:
-                self._aim()
-            assert self.aims is not None
-            steps, bounds = self._numbers("step"), self._numbers("bounds")
-            return weigh(logits, self.aims, rule=self.kind.rule, step=steps, bounds=bounds)
-        except Exception as error:
-            if len(self.owners) == 1 or not is_out_of_memory(error):
-                raise
-            self.aims = None
-        middle = len(self.owners) // 2
-        halves = [self._part(slice(middle)).fuse(), self._part(slice(middle, None)).fuse()]
-        return Fused(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
-
-    def _part(self, rows: slice) -> Group:
-        logits = {model: each[rows] for model, each in self.logits.items()}
-        return Group(self.kind, self.owners[rows], logits)
-
-    def _numbers(self, name: str) -> Any:
-        """A number of each row's fusion, [R, ...]; the bare one where all are equal."""
-        values = [getattr(owner.fusion, name) for owner in self.owners]
-        if all(value == values[0] for value in values):
-            return values[0]
-        return torch.tensor(values, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What a step decided for the rows of a group."""
-
-    tokens: list[int]
-    weights: list[list[float]]
-    kl: list[list[float]]
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    greedy: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -219,7 +103,7 @@ class Coordinator:
         self.losses = Losses(self.telemetry.recovered)
         self.sequences: dict[tuple[str, int], Stream] = {}
         self.steps = 0
-        self._gone: dict[str, str] = {}
+        self._given_up: dict[str, str] = {}
         """Experts that will not come back, and why."""
         self._flight: tuple[Step, list[Group]] | None = None
         """What the models compute now."""
@@ -240,14 +124,14 @@ class Coordinator:
     def add(self, request: Request, client: str = "") -> None:
         """Queues a request. Raises `ValueError` where it cannot be served."""
         self.limits.check(request)
-        if error := self._gone.get(request.fusion.alone or ""):
+        if error := self._given_up.get(request.fusion.alone or ""):
             raise ValueError(error)
         if (client, request.id) in self.sequences:
             raise ValueError(f"a request of id {request.id} is under way already")
         seed = request.sampling.seed
         sequence = Stream(
             request,
-            room=self.limits.room(request),
+            max_new_tokens=self.limits.max_new_tokens(request),
             client=client,
             seed=secrets.randbits(64) if seed is None else seed,
         )
@@ -504,7 +388,7 @@ class Coordinator:
             stop = token if token in sampling.stop_token_ids else None
             if stop is not None or (token in self.limits.eos_token_ids and not sampling.ignore_eos):
                 return "stop", stop
-        return ("length" if len(sequence.generated) >= sequence.room else None), None
+        return ("length" if len(sequence.generated) >= sequence.max_new_tokens else None), None
 
     def _told(self, sequence: Stream, outcome: Outcome) -> Chunk:
         """What a step means for a client: with the text that is final now, up to a stop string."""
@@ -554,7 +438,7 @@ class Coordinator:
     def _change(self, model: str, change: Lost | Ready, plan: Plan | None = None) -> None:
         """Takes in that a model was lost, while it computed `plan`, or that it is ready."""
         if isinstance(change, Ready):
-            self.scheduler.find(model)
+            self.scheduler.recover(model)
             if not any(model in each.computed for each in self.sequences.values()):
                 self.losses.over(model)
             return
@@ -594,7 +478,7 @@ class Coordinator:
     def add_model(self, name: str, length: int, positions: int | None = None) -> None:
         """One more expert, away until the fabric says that it is ready."""
         self.limits = self.limits.having({**self.limits.lengths, name: length})
-        self._gone.pop(name, None)
+        self._given_up.pop(name, None)
         if positions is not None:
             self.scheduler.slots.positions[name] = positions
         self.scheduler.lose(name)
@@ -615,7 +499,7 @@ class Coordinator:
 
     def give_up(self, name: str, error: str) -> None:
         """An expert will not come back: what cannot do without it fails."""
-        self._gone[name] = error
+        self._given_up[name] = error
         for sequence in list(self.sequences.values()):
             if sequence.request.fusion.alone == name:
                 self._fail(sequence, error)

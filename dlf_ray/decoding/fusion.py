@@ -23,14 +23,14 @@ logits stay below 1e16); beyond, float32 overflows, in that row alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Rule = Literal["grid", "exact", "static"]
-Select = Literal["paper", "strongest", "blend"]
+from dlf_ray.rules import RULES, SELECTS, Aims, Rule, Select, Small, chosen, fixed
+
 Bounds = Sequence[tuple[float, float]]
 
 LADDER = 32
@@ -56,26 +56,6 @@ class Fused(NamedTuple):
     """[R, 2], nats: KL(fused || large) and KL(large || fused)."""
 
 
-class Aims(NamedTuple):
-    """What the small models alone determine, while the large one is still computing.
-
-    Matching T experts is matching the centroid of their divergences, up to a constant:
-    `sum_s (f - f_s)^2 = T (f - mean f)^2 + sum_s (f_s - mean f)^2`. So there is one target.
-    """
-
-    select: Literal["paper", "strongest", "blend", "static"]
-    shifts: Tensor
-    """[D, R, V], float32: the directions to go from the large model, up to a constant."""
-    parts: Tensor
-    """[D, R, T]: the weights of the experts are `alpha` times these."""
-    target: Tensor
-    """[2, R], nats, float64: what KL(fused || large) and KL(large || fused) are to be."""
-    experts: int
-    """How many experts the target stands for."""
-    spread: Tensor
-    """[R], float64: the part of the loss that no weight can change."""
-
-
 def fuse(
     large: Tensor,  # [R, V]
     base: Tensor,  # [R, V]
@@ -93,23 +73,23 @@ def fuse(
     Only the experts whose indices are in `only` take part; the others have the weight 0.
     """
     count = len(experts)
-    chosen = list(range(count)) if only is None else list(only)
-    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(count)):
-        raise ValueError(f"`only` is {chosen}: name experts by different indices below {count}")
+    some = list(range(count)) if only is None else list(only)
+    if len(set(some)) < len(some) or not set(some) <= set(range(count)):
+        raise ValueError(f"`only` is {some}: name experts by different indices below {count}")
     for name, given in (("bounds", bounds), ("weights", weights)):
         if given is not None and len(given) != count:
             raise ValueError(f"`{name}` has {len(given)} entries: give one for each of {count}")
     aims = aim(
         base,
-        [experts[t] for t in chosen],
+        [experts[t] for t in some],
         rule=rule,
         select=select,
-        weights=None if weights is None else [weights[t] for t in chosen],
+        weights=None if weights is None else [weights[t] for t in some],
     )
-    own = None if bounds is None else [bounds[t] for t in chosen]
+    own = None if bounds is None else [bounds[t] for t in some]
     fused = weigh(large, aims, rule=rule, step=step, bounds=own)
     every = fused.weights.new_zeros(len(large), count)
-    every[:, chosen] = fused.weights
+    every[:, some] = fused.weights
     return fused._replace(weights=every)
 
 
@@ -123,16 +103,14 @@ def aim(
 ) -> Aims:
     """The directions in which the small models pull, and how far their experts are from the base.
 
-    `select` says which directions compete: `paper` tries every expert alone, against the
-    divergences of all; `strongest` takes the expert farthest from the base; `blend` takes all of
-    them in proportion to their distance as if they were one expert. Under rule `static` there is
-    one direction, the sum of the shifts times `weights` (1.0 each by default, proxy tuning), and
-    nothing to select.
+    `select` says which directions compete, see `rules.SELECTS`. A rule that gives the weights of
+    all experts leaves one direction, the sum of the shifts times these, and nothing to select;
+    rule `static` takes them from `weights` (1.0 each by default, proxy tuning).
 
     Raises `ValueError` where shapes differ or a name is unknown.
     """
-    _check("rule", rule, Rule)
-    _check("select", select, Select)
+    _check("rule", rule, RULES)
+    _check("select", select, SELECTS)
     if base.dim() != 2 or any(expert.shape != base.shape for expert in experts):
         shapes = [tuple(logits.shape) for logits in (base, *experts)]
         raise ValueError(f"base and experts are {shapes}: give each as [rows, vocabulary], alike")
@@ -156,7 +134,7 @@ def aim(
         torch.sub(difference, difference.gather(-1, peak), out=shift)
     if not count:
         none = shifts.new_zeros(2, rows, dtype=torch.float64)
-        return Aims("static", shifts, shifts.new_zeros(0, rows, 0), none, 0, none[0])
+        return Aims(shifts, shifts.new_zeros(0, rows, 0), none, 0, none[0])
     base = base.float()
     probs = base.softmax(-1)
 
@@ -164,28 +142,9 @@ def aim(
         alpha = base.new_ones(*shifts.shape[:2], 1, dtype=torch.float64)
         return _divergences(alpha, _cumulants(base, probs, shifts, alpha))[..., 0]
 
-    each = distances(shifts)
-    single = torch.eye(count, dtype=base.dtype, device=base.device)
-    if select == "paper" or rule == "static":
-        target = each.mean(1)
-        spread = (each - target[:, None]).square().sum((0, 1))
-        if rule == "static":
-            parts = factors.to(base).expand(rows, -1)
-            return Aims("static", _mix(shifts, parts), parts[None], target, count, spread)
-        return Aims("paper", shifts, single[:, None].expand(-1, rows, -1), target, count, spread)
-
-    pull = each.sum(0).T  # [R, T]
-    if select == "strongest":
-        best = pull.argmax(-1)
-        parts = single[best]
-        shifts = _chosen(shifts, best)[None]
-        target = each[:, best, torch.arange(rows, device=base.device)]
-    else:
-        total = pull.sum(-1, keepdim=True)
-        parts = torch.where(total > 0, pull / total, 1 / count).float()
-        shifts = _mix(shifts, parts)
-        target = distances(shifts)[:, 0]
-    return Aims(select, shifts, parts[None], target, 1, torch.zeros_like(target[0]))
+    given = factors.to(base).expand(rows, -1)
+    small = Small(list(experts), shifts, distances(shifts), given, distances)
+    return SELECTS[select].aims(small) if RULES[rule].searches else fixed(small, rule)
 
 
 def weigh(
@@ -200,15 +159,15 @@ def weigh(
 
     Rule `grid` tries low, low + step, ... up to high (the paper: 0.0, 0.1, ... 2.0; the first
     minimum wins, in the order of the experts, then of the grid). `exact` goes on from there to the
-    minimum in the reals, within one step and the bounds. `static` takes the weights of `aim`, which
-    know no bounds.
+    minimum in the reals, within one step and the bounds. A rule that does not search takes the
+    weights of `aim`, which know no bounds.
 
     Tensors of steps and bounds best are float64 (a step of float32 misses the last candidate of a
     long grid) and on the CPU: how many candidates there are has to be known there.
 
     Raises `ValueError` where `large`, `rule`, `step` or `bounds` do not fit the aims.
     """
-    _check("rule", rule, Rule)
+    _check("rule", rule, RULES)
     _, rows, count = aims.parts.shape
     if large.shape != aims.shifts.shape[1:]:
         fit = list(aims.shifts.shape[1:])
@@ -217,18 +176,16 @@ def weigh(
     if not count:
         none = logits.new_zeros(rows, 2)
         return Fused(logits, none[:, :0], none[:, 0], none)
-    if (rule == "static") != (aims.select == "static"):
-        raise ValueError(
-            f"rule {rule!r} cannot weigh aims of {aims.select!r}: use one rule in both"
-        )
+    if RULES[rule].searches != aims.searched:
+        raise ValueError(f"rule {rule!r} cannot weigh aims of another rule: use one in both")
     probs = logits.softmax(-1)
-    if rule == "static":
+    if not aims.searched:
         alpha = logits.new_ones(1, rows, 1, dtype=torch.float64)
         kl = _divergences(alpha, _cumulants(logits, probs, aims.shifts, alpha))
         loss = _loss(kl, aims)
     else:
         limits, steps = _limits(bounds, step, rows, count)
-        if aims.select == "blend" and not (limits == limits[:, :1]).all():
+        if aims.joint and not (limits == limits[:, :1]).all():
             raise ValueError("`blend` has one weight for all experts: make their bounds equal")
         grids, beyond, alike = _grids(limits, steps)
         limits, steps, grids, beyond = (x.to(logits.device) for x in (limits, steps, grids, beyond))
@@ -245,22 +202,22 @@ def weigh(
 
     best = loss.argmin(-1, keepdim=True)
     points = torch.stack([x.gather(-1, best)[..., 0] for x in (loss, alpha, *kl)])  # [4, D, R]
-    if rule == "exact":
+    if RULES[rule].refine:
         low = torch.maximum(points[1] - steps, limits[row, who, 0])
         high = torch.minimum(points[1] + steps, limits[row, who, 1])
-        finer = _refine(logits, probs, aims, points[1], low, high)
+        finer = _refine(logits, probs, aims, points[1], low, high, RULES[rule].refine)
         points = torch.where(finer[0] < points[0], finer, points)
     winner = points[0].argmin(0)  # [R]
     loss, weight, f, g = points.gather(1, winner.expand(4, 1, rows))[:, 0]
     row = torch.arange(rows, device=winner.device)
     weights = weight[:, None] * aims.parts[winner, row]
-    fused = _shifted(logits, weight, _chosen(aims.shifts, winner))
+    fused = _shifted(logits, weight, chosen(aims.shifts, winner))
     return Fused(fused, weights.float(), loss.float(), torch.stack([f, g], -1).float())
 
 
-def _check(name: str, value: str, valid: Any) -> None:
-    if value not in get_args(valid):
-        raise ValueError(f"unknown {name} {value!r}: use {', '.join(get_args(valid))}")
+def _check(name: str, value: str, valid: Collection[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}: use {', '.join(valid)}")
 
 
 def _limits(
@@ -324,20 +281,6 @@ def _shifted(logits: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
         sums = torch.addcmul(logits[at].double(), weight[at, None], shift[at].double())
         fused[at] = sums.sub_(sums.amax(-1, keepdim=True)).float()
     return fused
-
-
-def _mix(shifts: Tensor, parts: Tensor) -> Tensor:
-    """sum_t parts_t shift_t of shifts [T, R, V] and parts [R, T], [1, R, V]."""
-    mixed = parts[:, :1] * shifts[0]
-    for part, shift in zip(parts.T[1:], shifts[1:], strict=True):
-        mixed.addcmul_(part[:, None], shift)
-    return mixed[None]
-
-
-def _chosen(shifts: Tensor, winner: Tensor) -> Tensor:
-    """The shift [R, V] of each row's winner [R] among shifts [D, R, V]."""
-    rows = torch.arange(len(winner), device=winner.device)
-    return shifts.flatten(0, 1).index_select(0, winner * len(winner) + rows)
 
 
 def _divergences(alpha: Tensor, cumulants: Tensor) -> Tensor:
@@ -495,13 +438,14 @@ def _refine(
     alpha: Tensor,  # [D, R], float64
     low: Tensor,  # [D, R]
     high: Tensor,  # [D, R]
+    steps: int,
 ) -> Tensor:
     """The minimum of the loss near alpha, within low and high: loss, alpha and KLs, [4, D, R].
 
     Newton's method on the slope of the loss, kept in the interval where its sign changes; from a
     tenth, four steps reach the precision of float32.
     """
-    for _ in range(4):
+    for _ in range(steps):
         cumulants = _cumulants(logits, probs, aims.shifts, alpha[..., None], order=4)[..., 0]
         _, first, second, third = cumulants
         f, g = _divergences(alpha, cumulants) - aims.target[:, None]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dlf_ray.messages import LossReason, Lost, Recovery
 
-STRIKES = 2
+IN_A_ROW = 2
 """Losses of a model with no logits of it in between, after which what runs is suspected."""
 DEATHS = 4
 """A model that was lost so often at the same tokens of a sequence, at last of it alone, is lost
@@ -56,7 +56,7 @@ class Losses:
         self._recovered = recovered
         self._open: dict[str, tuple[LossReason, float]] = {}
         """Why and when each model was lost that is not computing again yet."""
-        self._strikes: Counter[str] = Counter()
+        self._in_a_row: Counter[str] = Counter()
         """How often each model was lost since its logits were last used."""
 
     def lost(self, model: str, loss: Lost, suspects: Suspects) -> Verdict:
@@ -71,22 +71,22 @@ class Losses:
             self._open[model] = loss.reason, time.perf_counter()
         if not suspects.count:
             return "wait"
-        self._strikes[model] += 1
+        self._in_a_row[model] += 1
         memory = loss.reason == "out of memory"
-        if not memory and self._strikes[model] < STRIKES:
+        if not memory and self._in_a_row[model] < IN_A_ROW:
             return "wait"
         if suspects.count > 1:
             return "fewer"
         # Memory has been cleared, so that even the only one may find enough in the lowest slot.
         if memory:
-            again = self._strikes[model] < STRIKES or suspects.highest_slot > 0
+            again = self._in_a_row[model] < IN_A_ROW or suspects.highest_slot > 0
         else:
             again = suspects.deaths < DEATHS
         return "fewer" if again else "fail"
 
     def computed(self, model: str) -> None:
         """Logits of the model were used: it is well."""
-        self._strikes[model] = 0
+        self._in_a_row[model] = 0
         self.over(model)
 
     def over(self, model: str) -> None:
@@ -100,4 +100,4 @@ class Losses:
     def forget(self, model: str) -> None:
         """The model has been taken out of the family."""
         self._open.pop(model, None)
-        self._strikes.pop(model, None)
+        self._in_a_row.pop(model, None)

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from dlf_ray.decoding.slots import BLOCK, NOTHING, Held, Ints, Slots, Start, Tokens
-from dlf_ray.messages import Plan, Request
+from dlf_ray.decoding.slots import BLOCK, NO_PREFIX, Cached, Ints, Prefix, Slots, Tokens
+from dlf_ray.messages import Request
+from dlf_ray.plans import Plan
 
 WORTH_WAITING = 64
 """Tokens that cost about as much as a step: a shorter prefix is computed again, not waited for."""
@@ -36,7 +37,7 @@ class Source(NamedTuple):
     """What a sequence is to start from a copy of, until that is planned."""
 
     slot: int
-    held: Held
+    cached: Cached
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class Sequence:
     """One request under way."""
 
     request: Request
-    room: int
+    max_new_tokens: int
     """The most tokens it may generate."""
     generated: list[int] = field(default_factory=list)
     slot: int = -1
@@ -81,19 +82,21 @@ class Sequence:
         return self.request.sampling.max_tokens > 0
 
     @property
-    def tail(self) -> int:
+    def joint(self) -> int:
         """The last tokens that all models compute in the same steps, since their logits meet there:
         the newest one while generating, those before the rest of a continuation while scoring."""
         return len(self.request.continuation) - self.scored + self.generates
 
-    def behind(self, model: str) -> int:
+    def uncomputed(self, model: str) -> int:
         """Tokens that the model has not computed yet; the last one need not be if none follows."""
         return len(self.tokens[model]) - (not self.generates) - self.computed[model]
 
     @property
     def needs(self) -> dict[str, int]:
         """The positions that it may come to in each model."""
-        return {model: len(each.prompt) + self.room for model, each in self.tokens.items()}
+        return {
+            model: len(each.prompt) + self.max_new_tokens for model, each in self.tokens.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Scheduler:
         """Rows of logits in a step, at least one for each running sequence."""
         self.slots = Slots(max_num_seqs, positions)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
-        self.held: dict[Sequence, None] = {}
+        self.stalled: dict[Sequence, None] = {}
         """Those that wait for a model which is away."""
         self.running: list[Sequence] = []
         self.away: set[str] = set()
@@ -163,13 +166,13 @@ class Scheduler:
                 tokens.hashes()
         for model in self.away:
             self._reset(sequence, model)
-        (self.waiting if self.away.isdisjoint(sequence.computed) else self.held)[sequence] = None
+        (self.waiting if self.away.isdisjoint(sequence.computed) else self.stalled)[sequence] = None
 
     def remove(self, sequence: Sequence, *, failed: bool = False) -> None:
         """Forgets a sequence that has ended or is not wanted; after a failure, its slot's content
         too."""
         if sequence.slot < 0:
-            (self.waiting if sequence in self.waiting else self.held).pop(sequence)
+            (self.waiting if sequence in self.waiting else self.stalled).pop(sequence)
             return
         slot = sequence.slot
         self._leave(sequence)
@@ -186,30 +189,30 @@ class Scheduler:
             sequence.computed[model] -= count
 
     def lose(self, model: str) -> None:
-        """A model has nothing in its cache any more, and until `find` cannot compute.
+        """A model has nothing in its cache any more, and until `recover` cannot compute.
 
         The sequences that need it give up their slots; what their other models have computed there
         is remembered as long as nobody else needs the slots.
         """
         self.away.add(model)
         self.slots.lose(model)
-        for sequence in [*self.running, *self.waiting, *self.held]:
+        for sequence in [*self.running, *self.waiting, *self.stalled]:
             if model in sequence.computed:
                 self._reset(sequence, model)
-                if model in sequence.computed and sequence not in self.held:
+                if model in sequence.computed and sequence not in self.stalled:
                     if sequence.slot >= 0:
                         self._leave(sequence)
                     else:
                         del self.waiting[sequence]
-                    self.held[sequence] = None
+                    self.stalled[sequence] = None
 
-    def find(self, model: str) -> None:
+    def recover(self, model: str) -> None:
         """A model can compute again: it catches up with all sequences that it is part of."""
         self.away.discard(model)
-        for sequence in [*self.running, *self.waiting, *self.held]:
+        for sequence in [*self.running, *self.waiting, *self.stalled]:
             if model in sequence.request.models:
                 sequence.computed.setdefault(model, 0)
-        self._queue([s for s in self.held if self.away.isdisjoint(s.computed)])
+        self._queue([s for s in self.stalled if self.away.isdisjoint(s.computed)])
 
     def remove_model(self, model: str) -> None:
         """Forgets a model that no sequence under way uses; another may have its name later."""
@@ -234,7 +237,7 @@ class Scheduler:
         """Puts sequences where they belong by their arrival."""
         if sequences:
             for sequence in sequences:
-                self.held.pop(sequence, None)
+                self.stalled.pop(sequence, None)
             in_order = sorted([*self.waiting, *sequences], key=lambda sequence: sequence.number)
             self.waiting = OrderedDict.fromkeys(in_order)
 
@@ -244,7 +247,7 @@ class Scheduler:
             sequence.computed[model] = 0
         sequence.sources.clear()
         self.running.remove(sequence)
-        self.slots.leave(sequence.slot)
+        self.slots.release(sequence.slot)
         sequence.slot = -1
         sequence.computed = dict.fromkeys(sequence.computed, 0)
         sequence.waited = None
@@ -260,7 +263,7 @@ class Scheduler:
         """The next step, which counts as computed from here on.
 
         When its turn comes, a sequence takes what it can use of the budget that is left, but for a
-        half if shorter prompts ask for that. The tail of a sequence is computed by all of its
+        half if shorter prompts ask for that. The joint tokens of a sequence are computed by all its
         models in the same steps; until the budget of every one of them allows some of it, they only
         catch up to the token before.
         """
@@ -271,24 +274,26 @@ class Scheduler:
         chunks: dict[str, list[tuple[Sequence, int, int]]] = {}
         ready: dict[Sequence, int] = {}
         for sequence, shorter in self._turns():
-            tail = sequence.tail
+            joint = sequence.joint
             budget = {}
             for model in sequence.computed:
                 tokens = left.setdefault(model, self.max_num_batched_tokens)
                 if shorter:
-                    asked = sum(each.behind(model) for each in shorter if model in each.computed)
+                    asked = sum(
+                        each.uncomputed(model) for each in shorter if model in each.computed
+                    )
                     tokens = max((tokens + 1) // 2, tokens - asked)
                 budget[model] = tokens
-            catch_up = {m: max(0, sequence.behind(m) - tail) for m in sequence.computed}
-            meet = min(tail, rows, *(budget[m] - catch_up[m] for m in budget))
+            catch_up = {m: max(0, sequence.uncomputed(m) - joint) for m in sequence.computed}
+            now = min(joint, rows, *(budget[m] - catch_up[m] for m in budget))
             for model in budget:
-                size = catch_up[model] + meet if meet > 0 else min(catch_up[model], budget[model])
+                size = catch_up[model] + now if now > 0 else min(catch_up[model], budget[model])
                 if size:
-                    chunks.setdefault(model, []).append((sequence, size, max(0, meet)))
+                    chunks.setdefault(model, []).append((sequence, size, max(0, now)))
                     left[model] -= size
-            if meet > 0:
-                ready[sequence] = meet
-                rows -= meet
+            if now > 0:
+                ready[sequence] = now
+                rows -= now
         self._steps += 1
         # In the order of slots, so that a model finds the rows of a full batch in storage order.
         ready = dict(sorted(ready.items(), key=lambda item: item[0].slot))
@@ -302,7 +307,7 @@ class Scheduler:
         Decoding sequences come first, so that a long prompt delays no running answer; then the
         oldest prompt, so that it gets on whatever follows; then the shortest ones.
         """
-        behind = {s: max(map(s.behind, s.computed)) for s in self.running}
+        behind = {s: max(map(s.uncomputed, s.computed)) for s in self.running}
         prompts = [sequence for sequence, tokens in behind.items() if tokens > 1]
         oldest = prompts[0] if prompts else None
         shorter = [each for each in prompts if behind[each] < behind[prompts[0]]]
@@ -313,8 +318,8 @@ class Scheduler:
         """A copy that found no room in its step's budget is off once its source is overwritten."""
         for sequence in self.running:
             for model, source in list(sequence.sources.items()):
-                there = self.slots.held.get(source.slot) is source.held
-                if not there or source.held.computed.get(model, 0) < sequence.computed[model]:
+                there = self.slots.cached.get(source.slot) is source.cached
+                if not there or source.cached.computed.get(model, 0) < sequence.computed[model]:
                     del sequence.sources[model]
                     sequence.computed[model] = 0
 
@@ -344,29 +349,29 @@ class Scheduler:
         return admitted
 
     def _most(self, sequence: Sequence, model: str) -> int:
-        """The tokens of a prefix that it can use: its tail has to be computed."""
-        return max(0, sequence.behind(model) - sequence.tail)
+        """The tokens of a prefix that it can use: its joint tokens have to be computed."""
+        return max(0, sequence.uncomputed(model) - sequence.joint)
 
-    def _starts(self, sequence: Sequence) -> dict[str, Start]:
+    def _starts(self, sequence: Sequence) -> dict[str, Prefix]:
         if not self.enable_prefix_caching:
-            return dict.fromkeys(sequence.computed, NOTHING)
-        found: dict[tuple[str, int], Start] = {}
+            return dict.fromkeys(sequence.computed, NO_PREFIX)
+        found: dict[tuple[str, int], Prefix] = {}
         for model in sequence.computed:
             tokens = sequence.tokens[model]
             most = self._most(sequence, model)
-            found[model, id(tokens)] = self.slots.start(model, tokens, most)
+            found[model, id(tokens)] = self.slots.longest_prefix(model, tokens, most)
         return {model: start for (model, _), start in found.items()}
 
-    def _start(self, sequence: Sequence, slot: int, starts: Mapping[str, Start]) -> None:
+    def _start(self, sequence: Sequence, slot: int, starts: Mapping[str, Prefix]) -> None:
         """Gives a slot to a sequence, which starts from copies of what others hold."""
         for model, start in starts.items():
             if start.size:
                 self.slots.use(start.slot)
                 if start.slot != slot:
-                    sequence.sources[model] = Source(start.slot, self.slots.held[start.slot])
+                    sequence.sources[model] = Source(start.slot, self.slots.cached[start.slot])
                 sequence.computed[model] = start.size
         sequence.slot = slot
-        self.slots.take(slot, sequence.needs, Held(sequence.tokens, sequence.computed))
+        self.slots.allocate(slot, sequence.needs, Cached(sequence.tokens, sequence.computed))
         self.running.append(sequence)
 
     def _waits(self, sequence: Sequence) -> bool:
@@ -377,31 +382,31 @@ class Scheduler:
         """
         if sequence.waited is not None:
             source, before = sequence.waited
-            now = sum(source.held.computed.values())
+            now = sum(source.cached.computed.values())
             sequence.waited = source, now
-            gets_on = now > before and self.slots.runs(source.slot, source.held)
-            return gets_on and self._gains(sequence, source.held)
+            gets_on = now > before and self.slots.runs(source.slot, source.cached)
+            return gets_on and self._gains(sequence, source.cached)
         for model, tokens in sequence.tokens.items():
             if model not in sequence.computed:
                 continue
             most = self._most(sequence, model)
             if most < WORTH_WAITING:
                 continue
-            coming = self.slots.coming(model, tokens, most)
+            coming = self.slots.coming_prefix(model, tokens, most)
             if coming.size < WORTH_WAITING:
                 continue
-            if coming.size >= self.slots.start(model, tokens, most).size + BLOCK:
-                source = Source(coming.slot, self.slots.held[coming.slot])
-                sequence.waited = source, sum(source.held.computed.values())
+            if coming.size >= self.slots.longest_prefix(model, tokens, most).size + BLOCK:
+                source = Source(coming.slot, self.slots.cached[coming.slot])
+                sequence.waited = source, sum(source.cached.computed.values())
                 return True
         return False
 
-    def _gains(self, sequence: Sequence, held: Held) -> bool:
+    def _gains(self, sequence: Sequence, cached: Cached) -> bool:
         """Whether more of a sequence's prefix is still to come in a slot."""
         for model, tokens in sequence.tokens.items():
-            if model in held.computed and model in sequence.computed:
+            if model in cached.computed and model in sequence.computed:
                 most = self._most(sequence, model)
-                if tokens.common(held.tokens[model], most) > held.computed[model]:
+                if tokens.common(cached.tokens[model], most) > cached.computed[model]:
                     return True
         return False
 

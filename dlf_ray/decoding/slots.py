@@ -20,7 +20,7 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from dlf_ray.messages import LENGTH_STEP
+from dlf_ray.plans import LENGTH_STEP
 
 BLOCK = 16
 """Tokens that are hashed together; less in common is not worth a copy."""
@@ -70,7 +70,7 @@ class Tokens:
 
 
 @dataclass(eq=False)
-class Held:
+class Cached:
     """What a slot holds."""
 
     tokens: Mapping[str, Tokens]
@@ -88,7 +88,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Start:
+class Prefix:
     """Where a sequence can begin in one model."""
 
     size: int
@@ -97,7 +97,7 @@ class Start:
     """Whose; -1 for none."""
 
 
-NOTHING = Start(0, -1)
+NO_PREFIX = Prefix(0, -1)
 
 
 class Slots:
@@ -111,7 +111,7 @@ class Slots:
         self.positions = dict(positions or {})
         self.free = list(range(count))
         """In ascending order."""
-        self.held: dict[int, Held] = {}
+        self.cached: dict[int, Cached] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         """Of each model's cache, at most: slots and length."""
         self._needs: dict[int, dict[str, int]] = {}
@@ -124,25 +124,25 @@ class Slots:
 
     # ------------------------------------------------------------ prefixes
 
-    def start(self, model: str, tokens: Tokens, most: int) -> Start:
+    def longest_prefix(self, model: str, tokens: Tokens, most: int) -> Prefix:
         """The longest prefix of `tokens` that a slot holds for the model, at most `most`."""
-        best = NOTHING
+        best = NO_PREFIX
         index = self._index.get(model)
         for slot in self._candidates(index, tokens, most) if index else ():
-            held = self.held[slot]
-            size = min(tokens.common(held.tokens[model], most), held.computed.get(model, 0))
+            cached = self.cached[slot]
+            size = min(tokens.common(cached.tokens[model], most), cached.computed.get(model, 0))
             if size > best.size:
-                best = Start(size, slot)
-        return best if best.size >= BLOCK else NOTHING
+                best = Prefix(size, slot)
+        return best if best.size >= BLOCK else NO_PREFIX
 
-    def coming(self, model: str, tokens: Tokens, most: int) -> Start:
+    def coming_prefix(self, model: str, tokens: Tokens, most: int) -> Prefix:
         """The same of what running sequences hold or are about to compute."""
-        best = NOTHING
+        best = NO_PREFIX
         for slot in self._candidates(self._coming, tokens, most):
-            held = self.held[slot]
-            if model in held.computed:
-                size = tokens.common(held.tokens[model], most)
-                best = max(best, Start(size, slot), key=lambda start: start.size)
+            cached = self.cached[slot]
+            if model in cached.computed:
+                size = tokens.common(cached.tokens[model], most)
+                best = max(best, Prefix(size, slot), key=lambda start: start.size)
         return best
 
     @staticmethod
@@ -159,23 +159,23 @@ class Slots:
 
     def note(self, slot: int, model: str) -> None:
         """Makes what the model has computed in a slot known to those who begin alike."""
-        held = self.held[slot]
-        begin, end = held.indexed.get(model, 0), held.computed[model] // BLOCK
+        cached = self.cached[slot]
+        begin, end = cached.indexed.get(model, 0), cached.computed[model] // BLOCK
         if begin < end:
             index = self._index.setdefault(model, {})
-            for block in held.tokens[model].hashes()[begin:end]:
+            for block in cached.tokens[model].hashes()[begin:end]:
                 index.setdefault(block, {})[slot] = None
-            held.indexed[model] = end
+            cached.indexed[model] = end
 
     def use(self, slot: int) -> None:
         """A sequence starts from what the slot holds: that is worth keeping."""
         self._clock += 1
-        self.held[slot].used = self._clock
+        self.cached[slot].used = self._clock
 
     # ------------------------------------------------------------ taking and leaving
 
     def choose(
-        self, needs: Mapping[str, int], starts: Mapping[str, Start], sources: set[int]
+        self, needs: Mapping[str, int], starts: Mapping[str, Prefix], sources: set[int]
     ) -> int | None:
         """A free slot for a sequence that may come to `needs` positions in each of its models; None
         where that is more memory than there is beside those that run.
@@ -190,15 +190,16 @@ class Slots:
         own = {start.slot for start in starts.values()}
         mine = own.pop() if len(own) == 1 else -1
         if mine in free and all(
-            self.held[mine].computed.get(model, 0) <= start.size for model, start in starts.items()
+            self.cached[mine].computed.get(model, 0) <= start.size
+            for model, start in starts.items()
         ):
             wish = mine
         else:
             kept = sources | {start.slot for start in starts.values()}
 
             def worth(slot: int) -> tuple[bool, int]:
-                held = self.held.get(slot)
-                return slot in kept, held.used if held else 0
+                cached = self.cached.get(slot)
+                return slot in kept, cached.used if cached else 0
 
             wish = min(free, key=worth)  # the first, so the lowest, of equals
         for slot in (wish, free[0]):
@@ -206,7 +207,7 @@ class Slots:
                 return slot
         return None
 
-    def take(self, slot: int, needs: Mapping[str, int], held: Held) -> None:
+    def allocate(self, slot: int, needs: Mapping[str, int], cached: Cached) -> None:
         """Gives a free slot to a sequence; what it held is remembered no longer."""
         for model, length in needs.items():
             shape = self._shape(model, slot + 1, length)
@@ -214,15 +215,15 @@ class Slots:
             self._reshape(model, shape)
         self.forget(slot)
         self.free.remove(slot)
-        self.held[slot] = held
+        self.cached[slot] = cached
         self._needs[slot] = dict(needs)
-        for tokens in held.texts():
+        for tokens in cached.texts():
             for block in tokens.hashes():
                 self._coming.setdefault(block, {})[slot] = None
 
-    def leave(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """The sequence of a slot has ended or has to make room; what it computed is remembered."""
-        for tokens in self.held[slot].texts():
+        for tokens in self.cached[slot].texts():
             for block in tokens.hashes():
                 _discard(self._coming, block, slot)
         del self._needs[slot]
@@ -230,28 +231,28 @@ class Slots:
 
     def forget(self, slot: int) -> None:
         """What a slot holds is not to be started from."""
-        if held := self.held.get(slot):
-            for model in list(held.indexed):
+        if cached := self.cached.get(slot):
+            for model in list(cached.indexed):
                 self._forget_model(slot, model)
             if slot not in self._needs:
-                del self.held[slot]
+                del self.cached[slot]
 
     def lose(self, model: str) -> None:
         """A model has nothing in its cache any more."""
         self._index.pop(model, None)
         self.shapes[model] = self._taken(model)
-        for held in self.held.values():
-            held.indexed.pop(model, None)
-            if model in held.computed:
-                held.computed[model] = 0
+        for cached in self.cached.values():
+            cached.indexed.pop(model, None)
+            if model in cached.computed:
+                cached.computed[model] = 0
 
-    def runs(self, slot: int, held: Held) -> bool:
+    def runs(self, slot: int, cached: Cached) -> bool:
         """Whether this is what a running sequence has in a slot."""
-        return slot in self._needs and self.held[slot] is held
+        return slot in self._needs and self.cached[slot] is cached
 
     def _forget_model(self, slot: int, model: str) -> None:
-        held = self.held[slot]
-        for block in held.tokens[model].hashes()[: held.indexed.pop(model, 0)]:
+        cached = self.cached[slot]
+        for block in cached.tokens[model].hashes()[: cached.indexed.pop(model, 0)]:
             _discard(self._index[model], block, slot)
 
     # ------------------------------------------------------------ memory
@@ -281,13 +282,13 @@ class Slots:
         slots, length = shape
         if self.shapes.get(model, (0, 0)) != shape:
             self.shapes[model] = shape
-            for slot, held in self.held.items():
-                if model in held.computed and (slot >= slots or held.computed[model] > length):
+            for slot, cached in self.cached.items():
+                if model in cached.computed and (slot >= slots or cached.computed[model] > length):
                     if slot >= slots:
                         self._forget_model(slot, model)
-                        held.computed[model] = 0
+                        cached.computed[model] = 0
                     else:
-                        held.computed[model] = length
+                        cached.computed[model] = length
 
     # ------------------------------------------------------------ what must hold
 
@@ -295,15 +296,15 @@ class Slots:
         """Raises `AssertionError` where the parts of this disagree."""
         taken = set(self._needs)
         assert self.free == sorted(set(range(self.count)) - taken)
-        assert taken <= set(self.held) <= set(range(self.count))
-        for slot, held in self.held.items():
-            for model, computed in held.computed.items():
-                assert 0 <= computed <= len(held.tokens[model]), (slot, model, computed)
+        assert taken <= set(self.cached) <= set(range(self.count))
+        for slot, cached in self.cached.items():
+            for model, computed in cached.computed.items():
+                assert 0 <= computed <= len(cached.tokens[model]), (slot, model, computed)
         for model, index in self._index.items():
             for block, slots in index.items():
                 for slot in slots:
-                    held = self.held[slot]
-                    assert block in held.tokens[model].hashes()[: held.indexed[model]]
+                    cached = self.cached[slot]
+                    assert block in cached.tokens[model].hashes()[: cached.indexed[model]]
         for slots in self._coming.values():
             assert set(slots) <= taken
         for model, most in self.positions.items():

@@ -9,26 +9,16 @@ from __future__ import annotations
 import itertools
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias, TypedDict, Unpack
+from typing import Any, Self, TypeAlias, Unpack
 
 from rich.progress import track
 
-from dlf_ray.config import LARGE, Family, Fusion, ModelSpec, Rule, Select, check_bounds
-from dlf_ray.messages import (
-    LENGTH_STEP,
-    Chunk,
-    Description,
-    FinishReason,
-    FusionParams,
-    Limits,
-    Request,
-    SamplingParams,
-    check_candidates,
-)
-from dlf_ray.metrics import Span
+from dlf_ray.config import LARGE, Family
+from dlf_ray.engine.options import FusionOptions, resolve
+from dlf_ray.engine.output import Output, raised
+from dlf_ray.messages import Chunk, FusionParams, Limits, Request, SamplingParams
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids as they are."""
@@ -42,103 +32,6 @@ WINDOW = 4
 have a successor waiting, and a queue that does not grow with what was asked."""
 SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\r\n")
 """White space but line breaks."""
-
-
-SPARE = 0.9
-"""The part of free memory that caches may take."""
-
-
-class EngineError(RuntimeError):
-    """The engine itself has failed; it cannot serve any more."""
-
-
-class FusionOptions(TypedDict, total=False):
-    """What one request may set differently from the family file."""
-
-    rule: Rule
-    select: Select
-    step: float
-    experts: Sequence[str]
-    """The experts that take part; all if absent, `[]` for the large model alone."""
-    weights: Mapping[str, float]
-    """With rule static; 1.0 for those not named."""
-    bounds: Mapping[str, tuple[float, float]]
-    alone: str
-    """One model answers by itself, unfused."""
-    trace: bool
-    """Record what every actor does for the request (`Output.spans`)."""
-
-
-@dataclass
-class Output:
-    """What was generated for one prompt; while streaming, what is new of it."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    """The text that each token completed; together `text`."""
-    weights: list[dict[str, float]] = field(default_factory=list)
-    """The weight of every expert that took part, per token."""
-    experts: list[str | None] = field(default_factory=list)
-    """The expert that weighed most, per token; None where the large model spoke for itself."""
-    kl: list[tuple[float, float]] = field(default_factory=list)
-    """KL(fused || large) and KL(large || fused) in nats, per token."""
-    lost: list[str] = field(default_factory=list)
-    """Experts that some of the tokens had to do without (`on_expert_loss: drop`)."""
-    logprobs: list[float] = field(default_factory=list)
-    """From `score`, or with `logprobs`: the log-probability of each token under the fused
-    distribution, in nats."""
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    """With `logprobs` above 0: those of the most probable tokens, in that order, per token."""
-    greedy: list[bool] = field(default_factory=list)
-    """From `score`: whether each token is the most probable one."""
-    prompt_logprobs: list[float] = field(default_factory=list)
-    """With `prompt_logprobs`: as `logprobs`, for the tokens of the prompt but the first."""
-    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    """`stop` (an end token or a stop string), `length`, `error`; None while more is to come."""
-    stop_reason: str | int | None = None
-    """The stop string or stop token that ended the text; None for the model's own end token."""
-    error: str | None = None
-    """Why the request failed, where it did."""
-    refused: bool = False
-    """With an error: the request was not taken, as it does not fit the family any more."""
-    spans: list[Span] = field(default_factory=list)
-    """With `trace`, at the end: what every actor did for the request; see `metrics`."""
-
-    def add(self, chunk: Chunk, request: Request) -> Output:
-        """Appends what one step brought."""
-        # Of a prompt that is scored, there are log-probabilities only; `score` is about no other
-        # tokens.
-        start = 0 if request.sampling.prompt_logprobs is None else chunk.given
-        top = [dict(each) for each in chunk.top_logprobs]
-        self.text += chunk.text
-        self.token_ids += chunk.token_ids[start:]
-        self.pieces += [chunk.text] if len(chunk.token_ids) > chunk.given else []
-        self.kl += chunk.kl[start:]
-        self.lost += [name for name in chunk.lost if name not in self.lost]
-        self.greedy += chunk.greedy[start : chunk.given]
-        self.prompt_logprobs += chunk.logprobs[:start]
-        self.prompt_top_logprobs += top[:start]
-        if start == 0 or request.sampling.logprobs is not None:
-            self.logprobs += chunk.logprobs[start:]
-            self.top_logprobs += top[start:]
-        for weights in chunk.weights[start:]:
-            named = dict(zip(request.fusion.experts, weights, strict=True))
-            self.weights.append(named)
-            loudest = max(named, key=lambda name: abs(named[name]), default=None)
-            self.experts.append(loudest if loudest and named[loudest] else None)
-        self.finish_reason, self.stop_reason = chunk.finish_reason, chunk.stop_reason
-        self.error, self.refused = chunk.error, chunk.refused
-        self.spans += chunk.spans
-        return self
-
-    def checked(self) -> Output:
-        """Itself. Raises `ValueError` where the request was refused, `RuntimeError` where it failed
-        on the way."""
-        if self.error:
-            raise ValueError(self.error) if self.refused else RuntimeError(self.error)
-        return self
 
 
 class BaseEngine(ABC):
@@ -455,127 +348,6 @@ class BaseEngine(ABC):
 
     def _wait(self, mailbox: queue.SimpleQueue[Chunk | Exception]) -> Chunk:
         return raised(mailbox.get())
-
-
-def raised(message: Chunk | Exception) -> Chunk:
-    """The chunk, or the exception that came in its place."""
-    if isinstance(message, Exception):
-        raise message
-    return message
-
-
-def resolve(family: Family, options: FusionOptions) -> FusionParams:
-    """The family's fusion with a request's own options on top.
-
-    Raises `ValueError` for names that are not in the family and for options that clash.
-    """
-    if unknown := set(options) - set(FusionOptions.__annotations__):
-        raise ValueError(
-            f"unknown fusion options {sorted(unknown)}; there are "
-            f"{sorted(FusionOptions.__annotations__)}"
-        )
-    alone = options.get("alone")
-    if alone is not None:
-        if alone not in family.models:
-            raise ValueError(f"no model {alone!r} in the family; it has {list(family.models)}")
-        if clash := set(options) - {"alone", "trace"}:
-            raise ValueError(f"`alone` leaves nothing to fuse; drop {sorted(clash)}")
-    experts = () if alone else tuple(options.get("experts", family.experts))
-    bounds, weights = options.get("bounds", {}), options.get("weights", {})
-    for name in (*experts, *bounds, *weights):
-        if name not in family.experts:
-            raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
-    if len(set(experts)) < len(experts):
-        raise ValueError(f"`experts` names one twice: {list(experts)}")
-    rule = options.get("rule", family.fusion.rule)
-    # The checks of the family file, on the settings of this request.
-    fusion = Fusion.checked(
-        rule=rule,
-        select=options.get("select", family.fusion.select),
-        step=options.get("step", family.fusion.step),
-        weights={**(family.fusion.weights if rule == "static" else {}), **weights},
-    )
-    for pair in bounds.values():
-        check_bounds(pair)
-    # In the order of the family, so that equal requests are fused together.
-    experts = tuple(name for name in family.experts if name in experts)
-    limits = {name: bounds.get(name, family.experts[name].bounds) for name in experts}
-    if fusion.select == "blend" and len(set(limits.values())) > 1 and rule != "static":
-        raise ValueError(
-            f"`blend` has one weight for all experts: make their bounds equal, {limits}"
-        )
-    if rule != "static":
-        check_candidates(list(limits.values()), fusion.step)
-    return FusionParams(
-        rule=rule,
-        select=fusion.select,
-        step=fusion.step,
-        experts=experts,
-        bounds=tuple((float(low), float(high)) for low, high in limits.values()),
-        weights=tuple(fusion.weights.get(e, 1.0) for e in experts) if rule == "static" else (),
-        alone=alone,
-    )
-
-
-def chosen(family: Family, models: Collection[str] | None) -> dict[str, ModelSpec]:
-    """The models of the family that are named, all if none are; in the order of the family.
-
-    Raises `ValueError` where one of them is not in the family.
-    """
-    if models is None:
-        return family.models
-    if not models or (unknown := set(models) - set(family.models)):
-        what = f"no model {sorted(unknown)}" if models else "no model was named"
-        raise ValueError(f"{what}; the family has {list(family.models)}")
-    return {name: spec for name, spec in family.models.items() if name in models}
-
-
-def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
-    """What the loaded models can take together."""
-    eos = {token for each in descriptions.values() for token in each.eos_token_ids}
-    longest = family.engine.max_model_len
-    lengths = {
-        name: min(longest, descriptions[name].context)
-        for name in family.models
-        if name in descriptions
-    }
-    return Limits(
-        lengths=lengths,
-        vocab=min(each.vocab for each in descriptions.values()),
-        eos_token_ids=tuple(sorted(eos)),
-        positions=positions_of(family, descriptions, lengths),
-    )
-
-
-def positions_of(
-    family: Family, descriptions: Mapping[str, Description], lengths: Mapping[str, int]
-) -> dict[str, int]:
-    """How many positions the cache of each model has room for, where its memory is known.
-
-    Models on the CPUs of one node, unless their `memory` is set, share what that has left.
-    Raises `ValueError` where a single sequence of the family's length does not fit.
-    """
-    pools: dict[str, list[str]] = {}
-    for name, each in descriptions.items():
-        if each.free_bytes is not None and each.cache_bytes_per_position:
-            shared = each.device == "cpu" and family.models[name].memory is None
-            pools.setdefault(f"node {each.node}" if shared else f"model {name}", []).append(name)
-    positions: dict[str, int] = {}
-    for names in pools.values():
-        free = SPARE * min(descriptions[name].free_bytes or 0 for name in names)
-        size = sum(descriptions[name].cache_bytes_per_position for name in names)
-        positions |= dict.fromkeys(names, int(free / size) // LENGTH_STEP * LENGTH_STEP)
-    for name, most in positions.items():
-        if most < lengths[name]:
-            raise ValueError(
-                f"model {name!r} ({family.models[name].model}) has memory for the keys and values "
-                f"of {most} tokens, a sequence may have {lengths[name]}: set "
-                f"`engine: {{max_model_len: {most}}}` at most, or give it more memory"
-                if most
-                else f"model {name!r} ({family.models[name].model}) leaves no memory for keys and "
-                "values: give it more, or use a smaller `dtype`"
-            )
-    return positions
 
 
 def _listed(prompts: Prompts | Sequence[Prompts]) -> list[Prompts]:

@@ -11,10 +11,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dlf_ray.config import LARGE, Family
 from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.text import detokenizers
-from dlf_ray.engine.frontend import BaseEngine, chosen, limits_of, raised
-from dlf_ray.messages import Chunk, Failed, Logits, Lost, Plan, Ready, Request, Timings
+from dlf_ray.engine.frontend import BaseEngine
+from dlf_ray.engine.limits import chosen, limits_of
+from dlf_ray.engine.output import raised
+from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
 from dlf_ray.metrics import Sink
 from dlf_ray.models.worker import ModelWorker, check_vocabularies
+from dlf_ray.plans import Logits, Plan
 
 
 class LocalFabric:

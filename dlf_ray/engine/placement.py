@@ -26,7 +26,8 @@ from dlf_ray.engine.capacity import (
     starting,
     together,
 )
-from dlf_ray.engine.frontend import EngineError, chosen
+from dlf_ray.engine.limits import chosen
+from dlf_ray.engine.output import EngineError
 
 COORDINATOR = "coordinator"
 ACCELERATOR = "accelerator_type:"  # Ray's resource of a node with such a GPU

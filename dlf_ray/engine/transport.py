@@ -1,15 +1,12 @@
-"""How plans and logits travel: ZeroMQ sockets, and shared memory where two ends share a node.
+"""Who talks to whom: workers and clients of one coordinator, over ZeroMQ sockets.
 
 The coordinator binds one ROUTER socket; workers and clients connect to it. Every connection is
 CURVE: encrypted, and only holders of the engine's client key (which Ray hands to the engine's own
 actors) are let in. Nothing on a socket is pickled: control messages are msgpack decoded against
 `messages`, plans and logits are fixed headers with raw arrays.
 
-Logits of a worker on the coordinator's node do not pass through the socket at all. They lie in a
-memory file that the coordinator creates for each worker and that has no name in any file system,
-so that it is gone with the last process that holds it, however that process ends. A step is a
-lockstep: a worker writes only between a plan and its reply, the coordinator reads only between
-that reply and the next plan, so one buffer per worker is enough.
+Here are keys, members, requests and chunks, and that a plan gets to its worker; what carries the
+logits back is in `paths`.
 
 A worker is lost when its connection is gone (a process that ends closes it, one that vanishes with
 its node is noticed by ZeroMQ's heartbeats), when it says hello a second time, or when it does not
@@ -21,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
-import os
 import queue
 import secrets
 import threading
@@ -33,10 +28,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
-import torch
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from dlf_ray.engine.paths import Inbox, Memory, Outbox
 from dlf_ray.messages import (
     Abort,
     AddModel,
@@ -44,13 +39,11 @@ from dlf_ray.messages import (
     Chunk,
     Chunks,
     Failed,
-    Gone,
+    GiveUp,
     Hello,
-    Logits,
     LossReason,
     Lost,
     Ping,
-    Plan,
     Process,
     Ready,
     RemoveModel,
@@ -58,26 +51,11 @@ from dlf_ray.messages import (
     Stop,
     Timings,
 )
+from dlf_ray.plans import Logits, Plan
 
 PROBE_S = 0.2  # how often a worker that computes is asked whether it is there
 HEARTBEAT_S, SILENCE_S = 3, 10  # the life signs of a worker, and for how long they may stay away
-HAS_MEMORY = hasattr(os, "memfd_create")  # Linux; elsewhere everything goes over TCP
-NONCE = 64  # bytes in front of the logits, a multiple of every float's size
 log = logging.getLogger("dlf_ray")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where a worker may leave its logits, if it can open this, that is, if it is on the node."""
-
-    path: str
-    nonce: bytes
-    """The first bytes there; another machine's file of the same path has others."""
-    address: str
-    """The coordinator's socket inside the node: a quarter faster than TCP to oneself."""
-    network: str
-    """The coordinator's network namespace, in which alone that socket exists; containers of one
-    machine may have the processes in common, but not the network."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +102,7 @@ class _Numbered(msgspec.Struct):
     id: int
 
 
-FromClient = Request | Abort | AskTimings | AddModel | RemoveModel | Gone | Stop
+FromClient = Request | Abort | AskTimings | AddModel | RemoveModel | GiveUp | Stop
 ToClient = Chunks | Timings | Done
 FromWorker = Hello | Failed
 ToWorker = Ping | Stop
@@ -173,14 +151,11 @@ class Hub:
             self._socket.ipv6 = True
             host = f"[{host}]"
         self._address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
-        # An abstract name (Linux): no file that could be left behind.
-        self._inside = f"ipc://@dlf-{secrets.token_hex(8)}"
-        if HAS_MEMORY:
-            self._socket.bind(self._inside)
+        self._logits = Inbox(rows, vocab)
+        if self._logits.inside:
+            self._socket.bind(self._logits.inside)
         self._step_timeout_s = step_timeout_s
         self._inbox: deque[tuple[str, FromClient]] = deque()
-        self._size = NONCE + rows * vocab * torch.float32.itemsize
-        self._memory: dict[str, tuple[int, mmap.mmap, Memory]] = {}
         self._hellos: dict[str, Hello] = {}
         self._lost: set[str] = set()
         """Those that have said hello, but must say it again."""
@@ -189,7 +164,7 @@ class Hub:
     def connection(self, worker: str | None = None) -> Connection:
         """For a client, or for the worker of that name."""
         keys = (self._server_public, self._client_public, self._client_secret)
-        return Connection(self._address, *keys, self._memory_of(worker) if worker else None)
+        return Connection(self._address, *keys, self._logits.offer(worker) if worker else None)
 
     def wait_for_workers(self, timeout_s: float) -> dict[str, bool]:
         """Blocks until all workers have said hello; whether each shares the memory.
@@ -215,8 +190,7 @@ class Hub:
         del self._workers[_identity(worker)]
         self._hellos.pop(worker, None)
         self._lost.discard(worker)
-        if worker in self._memory:
-            os.close(self._memory.pop(worker)[0])
+        self._logits.forget(worker)
 
     def send(self, plans: Mapping[str, Plan]) -> None:
         for name, plan in plans.items():
@@ -278,9 +252,7 @@ class Hub:
         self._auth.stop()
         del self._auth  # its destructor joins a thread, which does not suit a process that is ended
         self._context.term()
-        for fd, _, _ in self._memory.values():
-            os.close(fd)
-        self._memory.clear()
+        self._logits.close()
 
     def _send(self, identity: bytes, data: bytes) -> bool:
         """False where nobody of that name is connected."""
@@ -331,8 +303,7 @@ class Hub:
         if bytes(header[:4]) != Logits.MAGIC:
             message: Hello | Failed = _from_worker.decode(header)
             return message
-        shared = self._memory[sender][1] if len(frames) == 1 else None
-        return Logits.from_bytes(header, memoryview(shared)[NONCE:] if shared else frames[1].buffer)
+        return self._logits.take(sender, [frame.buffer for frame in frames])
 
     def _refuse(self, client: str, data: bytes, error: Exception) -> None:
         """Does not obey what is none of a client's messages, which can only be a bug; whoever waits
@@ -342,19 +313,6 @@ class Hub:
             id = msgspec.msgpack.decode(data, type=_Numbered).id
             why = f"the coordinator cannot read the request: {error}"
             self.publish(client, Chunks((Chunk(id=id, finish_reason="error", error=why),)))
-
-    def _memory_of(self, worker: str) -> Memory | None:
-        if not HAS_MEMORY:
-            return None
-        if worker not in self._memory:
-            fd = os.memfd_create(f"dlf-{worker}")
-            os.ftruncate(fd, self._size)  # pages are taken when they are first written
-            data = mmap.mmap(fd, self._size)
-            nonce = secrets.token_bytes(NONCE)
-            data[:NONCE] = nonce
-            memory = Memory(f"/proc/{os.getpid()}/fd/{fd}", nonce, self._inside, _network())
-            self._memory[worker] = (fd, data, memory)
-        return self._memory[worker][2]
 
 
 def _identity(worker: str) -> bytes:
@@ -375,11 +333,9 @@ class WorkerLink:
     """A worker's end: plans in, logits out."""
 
     def __init__(self, connection: Connection, name: str, process: Process | None = None) -> None:
-        memory = connection.memory
-        self._memory = _open(memory) if memory else None
-        inside = memory.address if memory and self._memory else None
-        self._socket = connection.connect(f"worker:{name}", inside)
-        self._socket.send(_encode(Hello(self._memory is not None, process or Process())))
+        self._logits = Outbox(connection.memory)
+        self._socket = connection.connect(f"worker:{name}", self._logits.inside)
+        self._socket.send(_encode(Hello(self._logits.shared, process or Process())))
 
     def plans(self) -> Iterator[Plan]:
         while True:
@@ -391,37 +347,10 @@ class WorkerLink:
         self._socket.close()
 
     def reply(self, logits: Logits) -> None:
-        values = logits.values
-        size = values.numel() * values.element_size()
-        if self._memory is not None and size <= len(self._memory) - NONCE:
-            if size:
-                target = torch.frombuffer(
-                    self._memory, dtype=values.dtype, count=values.numel(), offset=NONCE
-                )
-                target.view(values.shape).copy_(values)
-            self._socket.send(logits.header())
-        else:
-            raw = values.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            self._socket.send_multipart([logits.header(), raw.data], copy=False)
+        self._socket.send_multipart(self._logits.frames(logits), copy=False)
 
     def fail(self, failed: Failed) -> None:
         self._socket.send(_encode(failed))
-
-
-def _network() -> str:
-    return os.readlink("/proc/self/ns/net")
-
-
-def _open(memory: Memory) -> mmap.mmap | None:
-    """The coordinator's memory file, or None where that is out of reach (another node)."""
-    if memory.network != _network():
-        return None
-    try:
-        with open(memory.path, "r+b") as file:
-            data = mmap.mmap(file.fileno(), 0)
-    except OSError:
-        return None
-    return data if data[: len(memory.nonce)] == memory.nonce else None
 
 
 class ClientLink:
@@ -475,10 +404,12 @@ class ClientLink:
             for sock, _ in poller.poll():
                 if sock is self._wake_out:
                     self._wake_out.recv()
-                    data = self._outbox.get()
-                    if data is None:
-                        return
-                    self._socket.send(data)
+                    # Perhaps more than one message: an interrupt may have cost one its wake.
+                    while not self._outbox.empty():
+                        data = self._outbox.get()
+                        if data is None:
+                            return
+                        self._socket.send(data)
                 else:
                     deliver(_to_client.decode(self._socket.recv()))
 

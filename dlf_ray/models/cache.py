@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dlf_ray.messages import LENGTH_STEP
+from dlf_ray.plans import LENGTH_STEP
 
 Indices = npt.NDArray[np.int64]
 

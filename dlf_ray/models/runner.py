@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 
 from dlf_ray.config import ModelSpec
-from dlf_ray.messages import ALL, Description, Plan
+from dlf_ray.messages import Description
 from dlf_ray.models.cache import Indices, Rows, SlotCache
 from dlf_ray.models.loading import digest, load_model, load_tokenizer
 from dlf_ray.models.memory import free_bytes
+from dlf_ray.plans import ALL, Plan
 
 FREE_PADDING = 64
 """Tokens of padding that cost less than another forward pass, which reads all weights again."""

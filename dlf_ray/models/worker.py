@@ -14,7 +14,8 @@ import torch
 
 from dlf_ray.config import EngineConfig, Family, ModelSpec
 from dlf_ray.errors import is_out_of_memory, sticks
-from dlf_ray.messages import Description, Failed, Logits, Plan
+from dlf_ray.messages import Description, Failed
+from dlf_ray.plans import Logits, Plan
 
 # The runner and the loading come with transformers, seconds of every process that imports it; a
 # worker with a model of its own kind needs neither, so they are imported where they are used.

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlf_ray.decoding import fusion
 from dlf_ray.decoding.fusion import Fused, aim, fuse, weigh
+from dlf_ray.rules import RULES, SELECTS
 
 VECTORS = sorted((TESTS / "vectors").glob("*.json"))
-SELECTS = ("paper", "strongest", "blend")
-RULES = ("grid", "exact", "static")
-SEARCHES = ("grid", "exact")
+FIXED = tuple(name for name, rule in RULES.items() if not rule.searches)
+SEARCHES = tuple(name for name, rule in RULES.items() if rule.searches)
 
 
 def examples(**strategies):
@@ -84,7 +84,7 @@ def cases(min_experts=1, max_experts=3, rows=2):
     )
 
 
-selects, rules, searches = map(st.sampled_from, (SELECTS, RULES, SEARCHES))
+selects, rules, searches = map(st.sampled_from, (tuple(SELECTS), tuple(RULES), SEARCHES))
 
 
 def slack(loss, *divergences, count=1):
@@ -121,7 +121,7 @@ def assert_answers(case: Case, fused: Fused, select="paper", bounds=None, **how)
         answer: Answer = oracle(large, base, experts, select=select, bounds=bounds, **how)
         weights, kl = fused.weights[row].tolist(), fused.kl[row].tolist()
         d = 0
-        if how.get("rule") == "static":
+        if how.get("rule") in FIXED:
             k = 0
         elif select == "blend":
             shares = [pull / sum(answer.pulls) for pull in answer.pulls]
@@ -193,10 +193,42 @@ def test_oracle_is_the_vectors(path):
         assert answer.loss == pytest.approx(expected["loss"], rel=1e-9)
 
 
-@examples(case=cases(), rule=st.sampled_from(["grid", "static"]), select=selects)
+@examples(case=cases(), rule=st.sampled_from(["grid", *FIXED]), select=selects)
 def test_oracle(device, case, rule, select):
-    select = "paper" if rule == "static" else select
+    select = "paper" if rule in FIXED else select
     assert_answers(case, fuse(*case.to(device), rule=rule, select=select), rule=rule, select=select)
+
+
+@examples(case=cases(max_experts=1), rule=st.sampled_from(["entropy", "consistency"]))
+def test_weights_that_share_out_one(device, case, rule):
+    """One expert has the weight 1, copies of it share that, and so do any experts."""
+    large, base, experts = case.to(device)
+    alone = fuse(large, base, experts, rule=rule)
+    static = fuse(large, base, experts, rule="static")
+    assert torch.equal(alone.weights, torch.ones_like(alone.weights))
+    torch.testing.assert_close(alone.logits, static.logits)
+    copies = fuse(large, base, experts.expand(3, -1, -1), rule=rule)
+    torch.testing.assert_close(copies.weights, torch.full_like(copies.weights, 1 / 3))
+    torch.testing.assert_close(copies.logits, static.logits)
+    several = fuse(large, base, torch.cat([experts, 2 * experts, large[None]]), rule=rule)
+    torch.testing.assert_close(several.weights.sum(-1), torch.ones_like(several.loss))
+
+
+def test_who_is_sure_or_agrees_weighs_more(device):
+    """Two experts agree on a token, one of them surer; the third is as sure of another one."""
+    likes = [(3, 6.0), (3, 4.0), (5, 6.0)]
+    experts = torch.zeros(3, 1, 96, device=device)
+    for logits, (token, logit) in zip(experts, likes, strict=True):
+        logits[0, token] = logit
+    zero = torch.zeros(1, 96, device=device)
+    sure, agreed = (
+        fuse(zero, zero, experts, rule=rule).weights[0].tolist()
+        for rule in ("entropy", "consistency")
+    )
+    assert sure[0] == pytest.approx(sure[2])
+    assert sure[0] > 1.5 * sure[1]
+    assert agreed[0] > agreed[2]
+    assert agreed[0] > agreed[1]
 
 
 @pytest.mark.parametrize("select", SELECTS)
@@ -276,7 +308,7 @@ def test_expert_equal_to_base(device, case, search, select, constant):
 @examples(case=cases(), rule=rules, select=st.sampled_from(["strongest", "blend"]))
 def test_large_equal_to_base(device, case, rule, select):
     _, base, experts = case.to(device)
-    if rule == "static":
+    if rule in FIXED:
         experts = experts[:1]
     fused = fuse(base, base, experts, rule=rule, select=select)
     assert fused.weights.sum(-1).tolist() == pytest.approx([1.0, 1.0], abs=2e-3)
@@ -684,9 +716,9 @@ def test_bad_shapes():
         fuse(large[:, :8], base, experts)
     with pytest.raises(ValueError, match=r"small models' \[2, 9\]"):
         fuse(large[:1], base, experts)
-    with pytest.raises(ValueError, match="one rule in both"):
+    with pytest.raises(ValueError, match="use one in both"):
         weigh(large, aim(base, experts, rule="grid", select="paper"), rule="static")
-    with pytest.raises(ValueError, match="one rule in both"):
+    with pytest.raises(ValueError, match="use one in both"):
         weigh(large, aim(base, experts, rule="static", select="paper"))
     with pytest.raises(ValueError, match="use grid, exact, static"):
         weigh(large, aim(base, experts, rule="grid", select="paper"), rule="golden")

@@ -6,7 +6,7 @@ from conftest import EXPERTS, family_of, params_of, prompts_of
 from parts import Flaky, flaky
 
 from dlf_ray import LocalEngine, SamplingParams
-from dlf_ray.decoding.losses import STRIKES
+from dlf_ray.decoding.losses import IN_A_ROW
 from dlf_ray.engine.local import LocalFabric
 from dlf_ray.models.worker import ModelWorker
 
@@ -100,7 +100,7 @@ def test_a_request_that_kills_a_model_again_and_again_fails_alone(folder):
         assert [o.token_ids for o in (first, *rest)] == [o.token_ids for o in expected]
         assert bad.finish_reason == "error"
         assert "model 'facts' was lost while it computed this request and no other" in bad.error
-        assert STRIKES <= engine.coordinator.fabric.losses < 4 * STRIKES
+        assert IN_A_ROW <= engine.coordinator.fabric.losses < 4 * IN_A_ROW
 
 
 class Small(ModelWorker):

@@ -12,8 +12,8 @@ from parts import sequence
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.decoding.scheduler import Scheduler
-from dlf_ray.messages import LENGTH_STEP
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.plans import LENGTH_STEP
 
 POSITIONS = 4 * 256
 """Of the rectangle that the fake's memory holds: four sequences of full length."""
@@ -137,7 +137,7 @@ def test_no_plan_asks_for_more_than_there_is(lengths, slots, positions):
         scheduler.slots.check_integrity()
         for each in list(step.ready):
             each.generated.append(7)
-            if len(each.generated) == each.room:
+            if len(each.generated) == each.max_new_tokens:
                 scheduler.remove(each)
                 left -= 1
     assert left == 0

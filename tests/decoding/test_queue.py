@@ -42,7 +42,7 @@ def test_what_the_other_models_had_computed_is_found_again():
         made.generated.append(token)
     scheduler.lose("base")
     assert (made.slot, scheduler.has_work) == (-1, False)
-    scheduler.find("base")
+    scheduler.recover("base")
     plans = scheduler.plan().plans
     assert plans["large"].starts[0] >= 239 - 16
     assert plans["base"].starts[0] == 0
@@ -57,7 +57,7 @@ def test_the_order_of_arrival_outlives_a_loss():
     scheduler.lose("base")
     (alone,) = scheduler.plan().ready
     assert alone.request.id == 9
-    scheduler.find("base")
+    scheduler.recover("base")
     scheduler.remove(alone)
     order = []
     while scheduler.has_work:

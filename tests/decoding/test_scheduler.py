@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from parts import FUSION, LARGE_ALONE, sequence
 
 from dlf_ray.decoding.scheduler import Scheduler
-from dlf_ray.messages import Plan
+from dlf_ray.plans import Plan
 
 
 def drive(scheduler, seen, caches, shared=None):
@@ -48,7 +48,7 @@ def drive(scheduler, seen, caches, shared=None):
             s.scored += given
             if count > given:
                 s.generated.append(1000 + len(s.generated))
-            done = s.scored == len(s.request.continuation) and len(s.generated) == s.room
+            done = s.scored == len(s.request.continuation) and len(s.generated) == s.max_new_tokens
             if done:
                 seen.append(s.request.id)
                 scheduler.remove(s)

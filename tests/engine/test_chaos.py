@@ -14,7 +14,7 @@ import pytest
 from processes import below
 
 from dlf_ray import Engine, Family, SamplingParams
-from dlf_ray.training import demo
+from dlf_ray.training import corpus, demo
 
 KILLS_S, KILLS, PAUSE_S = float(os.environ.get("DLF_CHAOS_S", "20")), 5, (0.5, 3.0)
 REQUESTS = 200
@@ -35,7 +35,7 @@ def workers():
 def test_every_answer_is_the_undisturbed_one(ray_cluster, tmp_path, figure):
     folder = demo.build(tmp_path / "family", recipe=RECIPE, progress=False)
     family = Family.from_yaml(folder / "family.yaml")
-    items = [item for task in demo.TASKS for item in demo.items(task, "test", 0)[:REQUESTS]]
+    items = [item for task in corpus.TASKS for item in corpus.items(task, "test", 0)[:REQUESTS]]
     items = random.Random(0).sample(items, REQUESTS)
     prompts = [item.prompt for item in items]
     sampling = [

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import family_of
 
-from dlf_ray.engine import engine as over_ray
+from dlf_ray.engine import actors
 from dlf_ray.errors import is_out_of_memory, sticks
-from dlf_ray.messages import Failed, Limits, Plan
+from dlf_ray.messages import Failed, Limits
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.plans import Plan
 
 MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -134,15 +135,15 @@ def test_a_model_is_held_to_its_share_of_a_gpu_before_it_is_loaded(
             return list(fractions)
 
     family = family_of(folder, experts=(), num_gpus=num_gpus)
-    assert over_ray.WorkerActor(Worker, family.base, family.engine).load() == held
+    assert actors.WorkerActor(Worker, family.base, family.engine).load() == held
 
 
 def test_the_coordinator_is_held_to_its_share_too(folder, fractions, monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(over_ray.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(over_ray, "Coordinator", lambda *_, **settings: settings)
+    monkeypatch.setattr(actors.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(actors, "Coordinator", lambda *_, **settings: settings)
     family = family_of(folder, experts=(), num_gpus=0.2)
-    actor = over_ray.CoordinatorActor()
+    actor = actors.CoordinatorActor()
     limits = Limits({"large": 8, "base": 8}, 50, ())
     actor.open(["large", "base"], limits, None, family.engine, "tiny")
     assert fractions == [0.2]

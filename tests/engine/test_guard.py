@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dlf_ray import LocalEngine, SamplingParams
-from dlf_ray.decoding import coordinator as loop
-from dlf_ray.messages import MAX_CANDIDATES, MAX_STOP_LENGTH, Logits
+from dlf_ray.decoding import coordinator, groups
+from dlf_ray.messages import MAX_CANDIDATES, MAX_STOP_LENGTH
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.plans import Logits
+from dlf_ray.rules import RULES
 
 INNOCENT = [5, 6, 7, 8]
 SAMPLING = SamplingParams(max_tokens=12, temperature=0.7, seed=3, logprobs=2)
@@ -47,7 +49,7 @@ SIZES = st.sampled_from(
 FUSIONS = st.fixed_dictionaries(
     {},
     optional={
-        "rule": st.sampled_from(["grid", "exact", "static"]),
+        "rule": st.sampled_from(list(RULES)),
         "select": st.sampled_from(["paper", "strongest", "blend"]),
         "step": st.sampled_from([1e-300, 1e-9, 0.001, 0.01, 0.1, 0.7, 2.0, 100.0]),
         "experts": st.sampled_from([[], ["math"], ["facts", "math"], list(EXPERTS)]),
@@ -138,7 +140,8 @@ def test_lists_without_limit_are_refused_by_name(listed):
 def test_an_exception_in_a_step_fails_its_group_and_nobody_else(
     engine, expected, monkeypatch, stage
 ):
-    whole = getattr(loop, stage)
+    home = coordinator if stage == "sample" else groups
+    whole = getattr(home, stage)
 
     def raising(*args, **kwargs):
         if (args[1] if stage == "sample" else kwargs).__repr__().find("static") >= 0 or (
@@ -147,7 +150,7 @@ def test_an_exception_in_a_step_fails_its_group_and_nobody_else(
             raise RuntimeError("something that nobody had thought of")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(loop, stage, raising)
+    monkeypatch.setattr(home, stage, raising)
     sampling = SamplingParams(max_tokens=4, temperature=1.0, top_k=7)
     tokens, output = beside(engine, {"rule": "static"}, sampling)
     assert tokens == expected.token_ids
@@ -194,8 +197,8 @@ def test_what_differs_in_numbers_only_shares_a_pass(engine, expected, monkeypatc
     sampling = SamplingParams(max_tokens=6)
     alone = [engine.generate(INNOCENT, sampling, **kind)[0] for kind in kinds]
     passes = []
-    whole = loop.weigh
-    monkeypatch.setattr(loop, "weigh", lambda *a, **k: passes.append(1) or whole(*a, **k))
+    whole = groups.weigh
+    monkeypatch.setattr(groups, "weigh", lambda *a, **k: passes.append(1) or whole(*a, **k))
     streams = [engine._requests([INNOCENT], sampling, kind)[0] for kind in kinds]
     tokens = {request.id: [] for request in streams}
     weights = {request.id: [] for request in streams}
@@ -214,7 +217,7 @@ def test_what_differs_in_numbers_only_shares_a_pass(engine, expected, monkeypatc
 
 @pytest.mark.parametrize("stage", ["weigh", "aim"])
 def test_rows_are_fused_in_parts_where_memory_is_short(engine, expected, monkeypatch, stage):
-    whole = getattr(loop, stage)
+    whole = getattr(groups, stage)
 
     def small(logits, *args, **kwargs):
         if len(logits) > 1:
@@ -223,7 +226,7 @@ def test_rows_are_fused_in_parts_where_memory_is_short(engine, expected, monkeyp
 
     prompts = [INNOCENT, [3], [9, 1], [4, 4, 4]]
     plain = engine.generate(prompts, SamplingParams(max_tokens=5))
-    monkeypatch.setattr(loop, stage, small)
+    monkeypatch.setattr(groups, stage, small)
     outputs = engine.generate(prompts, SamplingParams(max_tokens=5))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.error for output in outputs] == [None] * 4
@@ -234,6 +237,6 @@ def test_an_error_that_leaves_the_process_of_no_use_is_nobodys_alone(folder, mon
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with LocalEngine(family_of(folder)) as broken_engine:
-        monkeypatch.setattr(loop, "weigh", broken)
+        monkeypatch.setattr(groups, "weigh", broken)
         with pytest.raises(RuntimeError, match="illegal memory access"):
             broken_engine.generate([5])

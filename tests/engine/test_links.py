@@ -22,7 +22,7 @@ from dlf_ray.messages import (
     AskTimings,
     Chunk,
     Chunks,
-    Gone,
+    GiveUp,
     Limits,
     Lost,
     Process,
@@ -30,6 +30,7 @@ from dlf_ray.messages import (
     Request,
     Timings,
 )
+from dlf_ray.plans import Logits
 
 M = {"model": "some/model"}
 FAMILY = Family.from_dict({"large": M, "base": M, "experts": {"math": M, "facts": M}})
@@ -221,7 +222,7 @@ def test_an_expert_that_dies_for_good_while_it_is_removed_is_given_up(hub, engin
     engine._loops["math"] = loop
     box = in_background(lambda: engine.remove_expert("math"))
     client, _ = heard(hub, RemoveModel)
-    _, gone = heard(hub, Gone)
+    _, gone = heard(hub, GiveUp)
     assert gone.name == "math"
     assert "no such folder" in gone.error
     hub.publish(client, Done("math", "left"))
@@ -245,6 +246,26 @@ def test_a_request_that_cannot_be_read_is_answered(hub, caplog):
     link.close()
 
 
+def test_an_interrupt_between_a_message_and_its_wake_keeps_the_link_from_nothing(hub):
+    """Else the end of a program that was interrupted there would wait for ever."""
+
+    class Interrupted:
+        def send(self, _):
+            raise KeyboardInterrupt
+
+    link = ClientLink(hub.connection(), pytest.fail, pytest.fail)
+    wake, link._wake_in = link._wake_in, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        link.send(Abort(1))
+    link._wake_in = wake
+    link.send(Abort(2))
+    assert [heard(hub, Abort)[1].id for _ in range(2)] == [1, 2]
+    closing = threading.Thread(target=link.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
 def test_an_identity_that_is_no_text_ends_nobody(hub):
     sock = zmq.Context.instance().socket(zmq.DEALER)
     known = hub.connection()
@@ -266,7 +287,7 @@ def test_a_worker_that_speaks_nonsense_is_replaced_and_the_others_go_on(junk):
     start(hub, "base", lambda link, p: link._socket.send_multipart(junk), process=broken)
     hub.wait_for_workers(20)
     plans = {"large": plan(1), "base": plan(1)}
-    assert sorted(answers(hub, plans)) == [("base", Lost), ("large", dlf_ray.messages.Logits)]
+    assert sorted(answers(hub, plans)) == [("base", Lost), ("large", Logits)]
     assert killed == [broken]
     hub.close()
 

@@ -13,8 +13,8 @@ from oracle import Oracle
 from transformers import AutoModelForCausalLM
 
 from dlf_ray import LocalEngine, SamplingParams
-from dlf_ray.messages import Logits
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.plans import Logits
 
 
 @pytest.fixture(
@@ -55,6 +55,8 @@ def test_greedy_tokens_are_the_oracles(engine, oracle, count, experts):
         {"select": "blend"},
         {"rule": "static"},
         {"rule": "static", "weights": {"math": 0.5, "prose": 0.0}},
+        {"rule": "entropy"},
+        {"rule": "consistency"},
         {"bounds": {"math": (0.5, 1.0)}},
         {"step": 0.25},
     ],
@@ -344,6 +346,7 @@ def test_generation_ends_at_the_context(folder):
         ([5], {"rule": "dynamic"}, "dynamic"),
         ([5], {"select": "loudest"}, "loudest"),
         ([5], {"weights": {"math": 1.0}}, "static"),
+        ([5], {"rule": "entropy", "weights": {"math": 1.0}}, "rule entropy finds its own"),
         ([5], {"bounds": {"math": (1.0, 0.0)}}, "low < high"),
         ([5], {"weight": 2}, "weight.*weights"),
         ([5], {"select": "blend", "bounds": {"math": (0.0, 1.0)}}, "blend"),

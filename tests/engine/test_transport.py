@@ -26,13 +26,12 @@ from dlf_ray.messages import (
     Chunks,
     Failed,
     FusionParams,
-    Logits,
     Lost,
-    Plan,
     Process,
     Ready,
     Request,
 )
+from dlf_ray.plans import Logits, Plan
 
 REQUEST = Request(
     id=3,

@@ -14,7 +14,8 @@ import yaml
 from conftest import EXPERTS
 from processes import BIN, PATIENCE_S, ROOT, end, free_port, one_at_a_time, settled
 
-from dlf_ray.evaluation.results import read, summary
+from dlf_ray.evaluation.results import read
+from dlf_ray.evaluation.statistics import summary
 
 ITEMS = 100  # enough for the kill to come well before the end
 
