@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from conftest import EXPERTS, dlf, family_of
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.bench import Costs, Result, bench_family
-from dlf_ray.evaluation.results import read
+from dlf_ray.evaluation.results import read, read_config
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,69 @@ def test_evaluate_prints_a_row_per_method(file, tmp_path):
         assert f"{method} " in shown.output
 
 
+def data_of(path, *prompts):
+    path.write_text("".join(json.dumps({"prompt": p, "answer": p}) + "\n" for p in prompts))
+    return path
+
+
+def test_several_data_are_several_tasks(file, tmp_path):
+    """Ended by stop strings, in one table, and gone on with: what is there is shown with it."""
+    one, two = data_of(tmp_path / "one.jsonl", *"abc"), data_of(tmp_path / "two.jsonl", *"de")
+    words = ("--local", "--max-tokens", 4, "--output", tmp_path / "run", "--stop", "e")
+    more = (*words, "--stop", "\\n", "--methods", "large")
+    shown = dlf("evaluate", file, "--data", one, "--data", two, *more)
+    assert shown.exit_code == 0, shown.output
+    for title in ("one", "two", "3 items", "2 items", "items/s", "tokens/s", "average"):
+        assert title in shown.output
+    rows = read(tmp_path / "run").to_pylist()
+    assert {row["task"] for row in rows} == {"one", "two"}
+    assert not any({"e", "\n"} & set(row["text"]) for row in rows)
+    stop = read_config(tmp_path / "run")["tasks"]["one"]["stop"]
+    assert stop == ["e", "\n"]
+    more = (*words, "--stop", "\\n", "--methods", "base", "--upper-bound", file.with_name("large"))
+    again = dlf("evaluate", file, "--data", one, *more)
+    assert again.exit_code == 0, again.output
+    lines = {line.split()[0]: line for line in again.output.splitlines() if line.strip()}
+    assert {"large", "base", "upper-bound"} <= set(lines)
+    assert re.search(r"base +\d+\.\d \(\d+-\d+\) +- ", lines["base"]), "no row of task two"
+    pages = dlf("report", tmp_path / "run")
+    assert pages.exit_code == 0, pages.output
+    report = (tmp_path / "run" / "report.md").read_text()
+    for name in ("one", "two", "large", "base", "upper-bound", "items/s"):
+        assert name in report
+
+
+def test_methods_with_fewer_items_say_so(file, tmp_path):
+    data = data_of(tmp_path / "one.jsonl", *"abc")
+    words = ("evaluate", file, "--data", data, "--local", "--max-tokens", 2)
+    output = ("--output", tmp_path / "run")
+    dlf(*words, *output, "--methods", "large", "--limit", 1)
+    shown = dlf(*words, *output, "--methods", "base")
+    assert shown.exit_code == 0, shown.output
+    assert "3 items" in shown.output
+    assert re.search(r"large .*\), 1 items", shown.output)
+
+
+def test_an_experiment_file_is_run_as_the_job_runs_it(file, tmp_path):
+    data = data_of(tmp_path / "data.jsonl", *"ab")
+    experiment = tmp_path / "experiment.yaml"
+    raw = {"family": str(file), "tasks": [{"data": str(data), "max_tokens": 3}]}
+    output = str(tmp_path / "own")
+    experiment.write_text(yaml.safe_dump({**raw, "methods": ["large"], "output": output}))
+    shown = dlf("evaluate", experiment, "--local")
+    assert shown.exit_code == 0, shown.output
+    assert "2 items" in shown.output
+    shown = dlf("evaluate", experiment, "--local", "--output", tmp_path / "other")
+    assert shown.exit_code == 0, shown.output
+    drop = ["seconds"]
+    assert read(tmp_path / "other").drop_columns(drop).equals(read(output).drop_columns(drop))
+    refused = dlf("evaluate", experiment, "--local", "--methods", "base", "--shots", 0)
+    assert refused.exit_code == 1
+    message = " ".join(refused.output.split())
+    assert "--methods, --shots" in message
+    assert "only --output and --local" in message
+
+
 def test_a_template_may_hold_line_breaks(file, folder, tmp_path):
     data = tmp_path / "data.csv"
     data.write_text("question,answer\nhow much?,x\n")
@@ -87,6 +151,9 @@ def test_a_template_may_hold_line_breaks(file, folder, tmp_path):
         (["evaluate", "FILE", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["evaluate", "FILE", "--task", "chess"], "gsm8k"),
         (["evaluate", "FILE", "--data", "FILE"], "yaml"),
+        (["evaluate", "FILE", "--task", "mmlu", "--data", "a", "--data", "b"], "--data"),
+        (["evaluate", "FILE", "--data", "a.jsonl", "--stop", ""], "empty string"),
+        (["evaluate", "nowhere.yaml", "--task", "mmlu"], "no such file: nowhere.yaml"),
     ],
     ids=str,
 )

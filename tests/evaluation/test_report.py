@@ -1,6 +1,7 @@
 """The pages of a run: complete, escaped, from one file, and no larger than they need to be."""
 
 import html.parser
+import json
 import random
 import re
 import shutil
@@ -99,7 +100,8 @@ class Elements(html.parser.HTMLParser):
 
 def test_both_pages_name_every_task_and_method(pages):
     for page in pages:
-        for name in ("sums", "articles", "choices", *METHODS, "math", "facts", "c0ffee"):
+        shown = ("items/s", "tokens/s")
+        for name in ("sums", "articles", "choices", *METHODS, "math", "facts", "c0ffee", *shown):
             assert name.replace("_", r"\_") in page or name in page.replace("<wbr>", "")
     elements = Elements(pages[1])
     assert elements.of("h2")[1:] == ["articles", "choices", "sums"]
@@ -233,6 +235,28 @@ def test_rows_of_two_origins_are_pointed_out(tmp_path):
         run.add({"task": "t", "method": "n", "item": "1", "commit": "bb", "rule": "static"})
     (warning,) = Elements(write_report(tmp_path)[1].read_text()).of("p", "warning")
     assert warning.endswith("they differ in commit.")
+
+
+def test_models_are_listed_once_and_pointed_out_where_they_differ(tmp_path):
+    """A method says only which models it needs; each task may have an upper bound of its own."""
+
+    def page(*models):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        with Results(folder, {}) as run:
+            for number, each in enumerate(models):
+                row = {"task": "t", "method": f"m{number}", "item": "1"}
+                run.add({**row, "models": json.dumps(each)})
+        markdown, html = (path.read_text() for path in write_report(folder))
+        return markdown, Elements(html).of("p", "warning")
+
+    family = {"large": "big", "base": "small", "math": "sums"}
+    bounds = [{"upper-bound": "tuned-a"}, {"upper-bound": "tuned-b"}]
+    markdown, warnings = page({"math": "sums"}, family, {"large": "big"}, *bounds)
+    listed = "large: big; base: small; math: sums; upper-bound: tuned-a; upper-bound: tuned-b"
+    assert f"- models: {listed}" in markdown
+    assert warnings == []
+    _, (warning,) = page(family, {"large": "other"})
+    assert warning.endswith("they differ in model large.")
 
 
 def test_a_folder_without_results_makes_no_page(tmp_path):
