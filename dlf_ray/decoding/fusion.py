@@ -24,7 +24,8 @@ logits stay below 1e16); beyond, float32 overflows, in that row alone.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,22 @@ class Fused(NamedTuple):
     `blend` over the one problem that was solved."""
     kl: Tensor
     """[R, 2], nats: KL(fused || large) and KL(large || fused)."""
+
+
+class Candidates(NamedTuple):
+    """What is tried of R rows and T experts, in float64 on the CPU."""
+
+    limits: Tensor
+    """[R, T, 2]: low and high."""
+    steps: Tensor
+    """[R]"""
+    grids: Tensor
+    """[R, T, K]: the candidates; of rows that have fewer, the last is repeated."""
+    beyond: Tensor
+    """[R, T, K]: which of them are beyond the bounds."""
+    alike: list[tuple[slice | Tensor, int, bool]]
+    """Which rows may be computed together: those of equal length, and whether their candidates are
+    steps up from a start at 0 or above."""
 
 
 def fuse(
@@ -184,10 +201,9 @@ def weigh(
         kl = _divergences(alpha, _cumulants(logits, probs, aims.shifts, alpha))
         loss = _loss(kl, aims)
     else:
-        limits, steps = _limits(bounds, step, rows, count)
+        limits, steps, grids, beyond, alike = _candidates(bounds, step, rows, count)
         if aims.joint and not (limits == limits[:, :1]).all():
             raise ValueError("`blend` has one weight for all experts: make their bounds equal")
-        grids, beyond, alike = _grids(limits, steps)
         limits, steps, grids, beyond = (x.to(logits.device) for x in (limits, steps, grids, beyond))
         who = aims.parts.argmax(-1)  # [D, R]: the expert whose bounds hold
         row = torch.arange(rows, device=who.device)
@@ -218,6 +234,22 @@ def weigh(
 def _check(name: str, value: str, valid: Collection[str]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}: use {', '.join(valid)}")
+
+
+def _candidates(
+    bounds: Tensor | Bounds | None, step: Tensor | float, rows: int, count: int
+) -> Candidates:
+    """Of all rows; those of rows that are alike are remembered, as most steps ask for the same."""
+    if isinstance(bounds, Tensor) or isinstance(step, Tensor):
+        limits, steps = _limits(bounds, step, rows, count)
+        return Candidates(limits, steps, *_grids(limits, steps))
+    return _remembered(bounds and tuple(map(tuple, bounds)), step, rows, count)
+
+
+@lru_cache(maxsize=64)
+def _remembered(bounds: tuple[Any, ...] | None, step: float, rows: int, count: int) -> Candidates:
+    limits, steps = _limits(bounds, step, rows, count)
+    return Candidates(limits, steps, *_grids(limits, steps))
 
 
 def _limits(
@@ -275,7 +307,7 @@ def _shifted(logits: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
     """logits + weight * shift, [R, V] from [R, V], [R] and [R, V]; where that is large, less its
     maximum, in float64 until then."""
     fused = torch.addcmul(logits, weight[:, None].float(), shift)
-    large = weight.abs() * shift.abs().amax(-1) > CANCELLING
+    large = weight.abs() * torch.maximum(-shift.amin(-1), shift.amax(-1)) > CANCELLING
     if large.any():
         at = large.nonzero()[:, 0]
         sums = torch.addcmul(logits[at].double(), weight[at, None], shift[at].double())
