@@ -33,8 +33,8 @@ from dlf_ray.cli import app
 
 EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
-    *("serve", "faults", "jobs", "health", "experts", "playground", "nodes", "ends", "chaos"),
-    *("engine", "autoscaling", "serve_ends", "evaluate", "structure", "local", "links"),
+    *("serve", "faults", "serve_operation", "jobs", "health", "experts", "playground", "nodes"),
+    *("ends", "chaos", "engine", "autoscaling", "serve_ends", "evaluate", "structure", "local"),
 )
 """Of the test files, so that the two processes end at about the same time."""
 FIGURES = "figures"
