@@ -212,3 +212,39 @@ class Stalls(Light):
         if "math" in self.spec.model:
             time.sleep(600)
         return super().load()
+
+
+BREAKS_AT = 200
+
+
+class Breaking(ModelWorker):
+    """Takes its time, and fails where a sequence gets long."""
+
+    def compute(self, plan):
+        if "large" in self.spec.model:
+            with open(f"{self.spec.model}.rows", "a") as log:
+                log.write(f"{plan.rows} {len(plan.tokens)}\n")
+            time.sleep(0.05)
+            if plan.starts.max() >= BREAKS_AT:
+                raise RuntimeError("broken at /a/secret/place")
+        return super().compute(plan)
+
+
+class Late(ModelWorker):
+    """Takes its time to load."""
+
+    def load(self):
+        time.sleep(25)
+        return super().load()
+
+
+STEP_S = 0.02
+"""What a token takes at least."""
+
+
+class Slow(ModelWorker):
+    """Slow enough to see an answer stream, and to press Stop."""
+
+    def compute(self, plan):
+        time.sleep(STEP_S)
+        return super().compute(plan)

@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-import time
 import urllib.error
 import urllib.request
 
@@ -13,8 +12,8 @@ from conftest import family_file
 from playwright.sync_api import expect, sync_playwright
 from processes import free_port
 from ray import serve
+from workers import STEP_S, Slow
 
-from dlf_ray.models.worker import ModelWorker
 from dlf_ray.serving.app import Settings, application
 
 CHROMIUM = next(
@@ -34,8 +33,6 @@ FUSION = {"large": {"alone": "large"}, "static": {"rule": "static"}, "dynamic": 
 """What each pane asks for."""
 PROMPT = "Twelve <b>times</b> seven?\n\tIt is"
 EVIL = "<img src=http://evil.example/x.png onerror=alert(1)><script>alert(2)</script>"
-STEP_S = 0.02
-"""What a token takes at least."""
 TRICKY = ["Grüße", "", " 🦉\n", "\t", EVIL, " שלום", "\n", "</p>&amp;\x01", "long" * 100]
 """What a careless page would run, drop or run together."""
 
@@ -58,14 +55,6 @@ def chunk(tokens, experts, weights, finish_reason=None):
 def end(tokens):
     usage = {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens}
     return sse({"choices": [], "usage": usage}) + "data: [DONE]\n\n"
-
-
-class Slow(ModelWorker):
-    """Slow enough to see an answer stream, and to press Stop."""
-
-    def compute(self, plan):
-        time.sleep(STEP_S)
-        return super().compute(plan)
 
 
 @pytest.fixture(scope="module")

@@ -17,27 +17,14 @@ import requests
 from asking import SOON_S, TIMEOUT_S, events, post, refused
 from conftest import family_file
 from processes import PATIENCE_S
+from workers import BREAKS_AT, Breaking, Late
 
 from dlf_ray.models.worker import ModelWorker
 
 # An application that is slow, with keys, and room for two sequences
 
 KEY = "a key of several words"
-BREAKS_AT = 200
 ENDLESS = {"prompt": [5], "max_tokens": 250, "ignore_eos": True, "temperature": 0}
-
-
-class Slow(ModelWorker):
-    """Takes its time, and fails where a sequence gets long."""
-
-    def compute(self, plan):
-        if "large" in self.spec.model:
-            with open(f"{self.spec.model}.rows", "a") as log:
-                log.write(f"{plan.rows} {len(plan.tokens)}\n")
-            time.sleep(0.05)
-            if plan.starts.max() >= BREAKS_AT:
-                raise RuntimeError("broken at /a/secret/place")
-        return super().compute(plan)
 
 
 class Strict:
@@ -83,7 +70,7 @@ def strict(root, folder, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLF_API_KEYS", f"another, {KEY}")
-        app = application(settings, worker=Slow)
+        app = application(settings, worker=Breaking)
     serve.run(app, name="strict", route_prefix="/strict")
     yield Strict(f"{root}/strict")
     serve.delete("strict")
@@ -272,14 +259,6 @@ def test_a_replica_whose_coordinator_died_is_replaced(strict):
 
 
 # Applications that change
-
-
-class Late(ModelWorker):
-    """Takes its time to load."""
-
-    def load(self):
-        time.sleep(25)
-        return super().load()
 
 
 @pytest.mark.slow
