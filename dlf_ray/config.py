@@ -21,6 +21,7 @@ from dlf_ray.messages import MAX_WEIGHT, check_candidates
 from dlf_ray.rules import RULES, Rule, Select
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Backend = Literal["auto", "transformers", "vllm"]
 
 LOGITS_BYTES = 2**25
 """Of one model in one step."""
@@ -76,6 +77,15 @@ def _check_gpus(num_gpus: float) -> None:
         raise ValueError(f"`num_gpus` above 1 must be a whole number, not {num_gpus}")
 
 
+def _defaults(cls: type[msgspec.Struct]) -> dict[str, Any]:
+    """What each field is where the file does not say."""
+    return {
+        each.name: each.default if each.default is not msgspec.NODEFAULT else each.default_factory()
+        for each in msgspec.structs.fields(cls)
+        if not each.required
+    }
+
+
 class ModelSpec(ActorOptions, frozen=True, kw_only=True):
     """One causal language model of the Hugging Face kind, and what its actor may use."""
 
@@ -89,22 +99,53 @@ class ModelSpec(ActorOptions, frozen=True, kw_only=True):
     dtype: DType = "auto"
     """`auto` is what the checkpoint says."""
     trust_remote_code: bool = False
+    backend: Backend | None = None
+    """What computes it; the engine's if not given."""
+    runtime_env: dict[str, Any] = {}
+    """The environment of its actor, as Ray takes it: `py_executable`, `pip`, `conda`, ..."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_gpus(self.num_gpus)
+        self._check_source()
+
+    def _check_source(self) -> None:
         if not self.model:
             raise ValueError("`model` is empty: give a local folder or a hub id")
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people: a folder or a hub id."""
+        return self.model
 
 
 class ExpertSpec(ModelSpec, frozen=True):
     """A small fine-tuned model; its weight stays within `bounds`."""
 
+    model: str = ""
+    adapter: str | None = None
+    """Instead of `model`: a LoRA adapter over the base. It is computed by the base's worker, in one
+    batch with the base and its other adapters, over one copy of the weights."""
     bounds: tuple[float, float] = (0.0, 2.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self.bounds)
+
+    def _check_source(self) -> None:
+        if self.adapter is None:
+            return super()._check_source()
+        if not self.adapter:
+            raise ValueError("`adapter` is empty: give a local folder or a hub id")
+        for name, default in _defaults(type(self)).items():
+            if name not in ("adapter", "bounds") and getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` is the base's, whose worker computes the adapter: leave it out"
+                )
+
+    @property
+    def source(self) -> str:
+        return self.adapter or self.model
 
 
 class Fusion(_Section, frozen=True):
@@ -141,6 +182,9 @@ class EngineConfig(ActorOptions, frozen=True):
     The coordinator fuses on a GPU if it has one.
     """
 
+    backend: Backend = "auto"
+    """What computes the models: `transformers`, `vllm`, or `auto`, which takes vLLM where that is
+    installed and the model has a GPU."""
     num_gpus: float | None = None
     """GPUs; 0 fuses on CPU. If not given, a share of the large model's: `Family.with_gpu_share`."""
     max_num_seqs: int = 64
@@ -210,6 +254,14 @@ class Family(_Section, frozen=True):
         return {LARGE: self.large, BASE: self.base, **self.experts}
 
     @property
+    def workers(self) -> dict[str, tuple[str, ...]]:
+        """The models that each worker serves, by its name, which is that of the first: adapters are
+        served with the base."""
+        adapters = tuple(name for name, spec in self.experts.items() if spec.adapter is not None)
+        own = {name: (name,) for name in self.models if name not in adapters}
+        return {**own, BASE: (BASE, *adapters)}
+
+    @property
     def with_gpu_share(self) -> Family:
         """The family with `engine.num_gpus` set, if it was not.
 
@@ -262,9 +314,10 @@ class Family(_Section, frozen=True):
                 local = folder / value if value else None
                 return str(local.resolve()) if local and local.exists() else value
 
-            return msgspec.structs.replace(
-                spec, model=path(spec.model), tokenizer=path(spec.tokenizer)
-            )
+            own = {name: path(getattr(spec, name)) for name in ("model", "tokenizer")}
+            if getattr(spec, "adapter", None):
+                own["adapter"] = path(spec.adapter)
+            return msgspec.structs.replace(spec, **own)
 
         return msgspec.structs.replace(
             self,

@@ -38,7 +38,12 @@ class Plan:
     what the plan's own chunks begin from: the first `starts[i]` positions of their slots. A cache
     that lacks slots or positions for a plan becomes as large as the highest slot and the longest
     sequence held after the plan ask for, lengths rounded up to `LENGTH_STEP`, and no larger; so a
-    plan can trade slots for length, and back. One that lacks neither stays as it is.
+    plan can trade slots for length, and back. One that lacks neither stays as it is. A cache of
+    blocks is no rectangle: there, what slots `drops` hold is dropped instead, once copies are made.
+
+    A worker that serves several models over one copy of weights takes one plan for all of them:
+    `models[i]` says whose chunk i is, by its place among the worker's, and each has slots of its
+    own.
     """
 
     step: int
@@ -52,8 +57,12 @@ class Plan:
     """A slot or -1 for each chunk, or nothing at all if there is nothing to copy."""
     keep: int = ALL
     keep_length: int = ALL
+    drops: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    """Slots, or none."""
+    models: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    """For each chunk, or nothing at all where the worker serves one model."""
 
-    HEADER = struct.Struct("<4sQIIIII")
+    HEADER = struct.Struct("<4sQIIIIIII")
     MAGIC = b"dlfP"
 
     @property
@@ -62,9 +71,10 @@ class Plan:
         return int(self.wants.sum())
 
     def to_bytes(self) -> bytes:
-        sizes = len(self.slots), len(self.tokens), len(self.sources)
+        parts = (self.tokens, self.sources, self.drops, self.models)
+        sizes = len(self.slots), *map(len, parts)
         header = self.HEADER.pack(self.MAGIC, self.step, *sizes, self.keep, self.keep_length)
-        arrays = (self.slots, self.starts, self.lengths, self.wants, self.tokens, self.sources)
+        arrays = (self.slots, self.starts, self.lengths, self.wants, *parts)
         return header + np.concatenate(arrays).astype("<i4", copy=False).tobytes()
 
     @classmethod
@@ -72,13 +82,15 @@ class Plan:
         """Raises `ValueError` where `data` is not a plan."""
         if len(data) < cls.HEADER.size:
             raise ValueError("a plan shorter than its header")
-        magic, step, n, m, k, *kept = cls.HEADER.unpack_from(data)
-        if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + m + k):
+        magic, step, n, *sizes, keep, keep_length = cls.HEADER.unpack_from(data)
+        if magic != cls.MAGIC or len(data) != cls.HEADER.size + 4 * (4 * n + sum(sizes)):
             raise ValueError("not a plan, or one of another length than its header says")
         body = np.frombuffer(data, dtype="<i4", offset=cls.HEADER.size)
         slots, starts, lengths, wants = body[: 4 * n].reshape(4, n)
-        tokens, sources = body[4 * n : 4 * n + m], body[4 * n + m :]
-        return cls(step, slots, starts, lengths, wants, tokens, sources, *kept)
+        ends = 4 * n + np.cumsum(sizes)
+        tokens, sources, drops, models, _ = np.split(body[4 * n :], ends - 4 * n)
+        columns = (slots, starts, lengths, wants, tokens, sources)
+        return cls(step, *columns, keep, keep_length, drops, models)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,24 @@ def settings_of(folder, experts=EXPERTS, num_gpus=0, **engine):
     }
 
 
+def adapted(root: Path, **model) -> Path:
+    """A large model, a base, and experts as LoRA adapters over it (NAME-adapter) and merged."""
+    from peft import LoraConfig, get_peft_model
+
+    tiny.model(root / "large", **{"layers": 3, "vocab": 300, "seed": 1, **model})
+    pad_vocabulary(root / "large", 320)
+    tiny.model(root / "base", seed=2, **model)
+    for seed, name in enumerate(EXPERTS):
+        torch.manual_seed(seed)
+        how = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"])
+        how.init_lora_weights = False
+        expert = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), how)
+        expert.save_pretrained(root / f"{name}-adapter")
+        expert.merge_and_unload().save_pretrained(root / name)
+        tiny.tokenizer(root / name)
+    return root
+
+
 def family_of(folder: Path, experts=EXPERTS, fusion=None, **settings) -> Family:
     return Family.from_dict({**settings_of(folder, experts, **settings), "fusion": fusion or {}})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Description
+from dlf_ray.models.adapters import Adapters, find_adapter, unmixed
 from dlf_ray.models.cache import Indices, Rows, SlotCache
 from dlf_ray.models.loading import digest, load_model, load_tokenizer
 from dlf_ray.models.memory import free_bytes
@@ -39,12 +41,25 @@ class Runner:
     cannot be run with a slot cache.
     """
 
+    ranks = 1
+
     def __init__(
-        self, spec: ModelSpec, *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int
+        self,
+        spec: ModelSpec,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        adapters: Sequence[str] = (),
     ) -> None:
-        self._name = spec.model
+        """`adapters`: folders or hub ids of LoRA adapters over the model. Of the M models that this
+        makes, model i (0 without an adapter) has the slots i, i + M, i + 2 M, ..., and each has
+        `max_num_seqs` of them and `max_num_batched_tokens` in a step."""
+        found = [find_adapter(each, spec.model) for each in adapters]
+        self._name, self._names = spec.model, (spec.model, *adapters)
         self._tokenizer = load_tokenizer(spec)
         self._model = load_model(spec)
+        self._adapters = Adapters(self._model, found, spec.model)
         # Properties there, which walk over the parameters each time.
         self._device, self._dtype = self._model.device, self._model.dtype
         config = self._model.config.get_text_config(decoder=True)
@@ -55,12 +70,12 @@ class Runner:
         names = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # which is the older
         self._cache = SlotCache()
-        self._computed = np.zeros(max_num_seqs, dtype=np.int64)
+        self._computed = np.zeros(max_num_seqs * len(self._names), dtype=np.int64)
         self._wanted: torch.Tensor | None = None
         self.vocab = ALL  # until the model has said how many logits it has
         logits = self._compare_with_plain_forward()
         self.vocab = min(len(self._tokenizer), logits)
-        self._memory = self._measure(spec, max_num_batched_tokens, logits)
+        self._memory = self._measure(spec, max_num_batched_tokens * len(self._names), logits)
 
     def describe(self) -> Description:
         """What the family needs to know of this model before the first step."""
@@ -142,7 +157,13 @@ class Runner:
             raise ValueError(f"slots {slots} name a slot twice")
         if len(plan.sources) not in (0, len(slots)) or (plan.sources >= len(self._computed)).any():
             raise ValueError(f"sources {plan.sources} are not a slot or -1 for each of {slots}")
-        copied = _sources(plan)
+        copied, models = _sources(plan), len(self._names)
+        whose = plan.models if models > 1 or len(plan.models) else slots % models
+        if not np.array_equal(whose, slots % models) or (copied % models != slots % models).any():
+            raise ValueError(
+                f"slots {slots} and sources {plan.sources} are not all those of models "
+                f"{plan.models}: of {models} models, model i has the slots i, i + {models}, ..."
+            )
         if starts.min() < 0 or (starts > self._computed[copied]).any():
             raise ValueError(
                 f"starts {starts} go beyond what slots {copied} have computed, "
@@ -190,6 +211,7 @@ class Runner:
             )
         )
         self._wanted = at[6]
+        self._adapters.point(np.where(lengths > 0, slots % len(self._names), 0).tolist())
         try:
             logits: torch.Tensor = self._model(
                 input_ids=ids,
@@ -269,6 +291,8 @@ class Runner:
         hidden = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         numbers = 16 * hidden + 4 * inner
+        if len(self._names) > 1:  # an adapter's rows of a layer's input, and of what it adds
+            numbers += hidden + 3 * inner
         # The mask is made of booleans, and of floats for each kind of layer.
         kinds = len(set(self._windows.values()))
         attention = self._length * (2 + size * kinds)
@@ -295,38 +319,58 @@ class Runner:
                 f"the tokenizer of {self._name} gives ids beyond the model's {self._embedded}: "
                 "set `tokenizer:` in the family file to the one it was trained with"
             )
-        ids = torch.from_numpy(tokens)[None].to(self._device)
-        plain = self._model(input_ids=ids, use_cache=False).logits[0].float()
-        if not plain.isfinite().all():
-            raise ValueError(
-                f"{self._name} gives logits that are not finite: its weights are broken, or "
-                f"overflow in {self._dtype} (set `dtype: float32` or `bfloat16`)"
-            )
+        plain = torch.stack([self._plain(tokens, model) for model in range(len(self._names))])
         head.register_forward_pre_hook(self._select)
-        # Two chunks in one slot, beside a shorter sequence in another where there are two or more.
-        slots = np.unique([0, min(2, len(self._computed) - 1)]).astype(np.int32)
+        # Two chunks in one slot, beside a shorter sequence in another where there are two or more;
+        # each model its own of both, all in one batch.
+        models = np.arange(len(self._names), dtype=np.int32)
+        first = np.unique([0, min(2, len(self._computed) // len(models) - 1)]).astype(np.int32)
+        slots = (first[:, None] * len(models) + models).ravel()
         middle, length = len(tokens) // 2, len(tokens)
-        edges = np.array([[0, 1, length - 1], [0, middle, length]], dtype=np.int32)[-len(slots) :]
+        edges = np.array([[0, 1, length - 1], [0, middle, length]], dtype=np.int32)[-len(first) :]
+        edges = np.repeat(edges, len(models), axis=0)
         for starts, ends in zip(edges.T, edges.T[1:], strict=False):
             if (ends <= starts).any():
                 break  # a limit of so few positions that there is nothing to compare
             fed = np.concatenate([tokens[a:b] for a, b in zip(starts, ends, strict=True)])
+            chunks = (slots, starts, ends - starts, ends - starts, fed)
             try:
-                cached = self.forward(Plan(0, slots, starts, ends - starts, ends - starts, fed))
+                cached = self.forward(Plan(0, *chunks, models=np.tile(models, len(first))))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # anything may go wrong in code that expects another cache
                 raise ValueError(
                     f"{self._name} ({kind}) does not run with a slot cache: {error!r}"
                 ) from error
-            expected = plain[starts[-1] : ends[-1]]
-            off = (cached[-len(expected) :].float() - expected).norm()
-            if not off <= 0.2 * (expected - expected.mean(-1, keepdim=True)).norm():
-                raise ValueError(
-                    f"{self._name} ({kind}) answers otherwise with a slot cache than without: its "
-                    "layers place tokens, mask or remember in a way of their own"
-                )
+            expected = plain[:, starts[-1] : ends[-1]]
+            rows = cached[-expected.shape[0] * expected.shape[1] :].float().view(expected.shape)
+            for name, got, wanted in zip(self._names, rows, expected, strict=True):
+                off = (got - wanted).norm()
+                if not off <= 0.2 * (wanted - wanted.mean(-1, keepdim=True)).norm():
+                    raise ValueError(
+                        f"{name} ({kind}) answers otherwise with a slot cache than without: its "
+                        "layers place tokens, mask or remember in a way of their own"
+                    )
         return int(plain.shape[-1])
+
+    def _plain(self, tokens: npt.NDArray[np.int32], model: int) -> torch.Tensor:
+        """One of the models without a cache: [T, vocab]. Raises `ValueError` for broken weights."""
+        ids = torch.from_numpy(tokens)[None].to(self._device)
+        self._adapters.point([model])
+        try:
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        except ValueError as error:
+            if len(self._names) == 1:
+                raise
+            # PEFT's, where a layer does not get its input row by row.
+            others = ", ".join(self._names[1:])
+            raise unmixed(others, f"does not run in a batch over {self._name} ({error})") from error
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"{self._names[model]} gives logits that are not finite: its weights are broken, "
+                f"or overflow in {self._dtype} (set `dtype: float32` or `bfloat16`)"
+            )
+        return logits
 
 
 def _sources(plan: Plan) -> Indices:
