@@ -1,7 +1,7 @@
 """The `dlf` command: one file for each subcommand, each a thin shell around the package.
 
-`generate`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the commands, `common`
-is what they share, `tables` the table that two of them print.
+`check`, `generate`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the commands,
+`common` is what they share, `tables` the table that two of them print.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from dlf_ray.cli.bench import bench
+from dlf_ray.cli.check import check
 from dlf_ray.cli.demo import demo
 from dlf_ray.cli.evaluate import evaluate
 from dlf_ray.cli.expert import expert
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(check)
 app.command()(generate)
 app.command()(serve)
 app.add_typer(expert, name="expert")
