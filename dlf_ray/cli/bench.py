@@ -1,7 +1,9 @@
-"""`dlf bench`: what a step costs, as tables."""
+"""`dlf bench`: what a step costs, or what backends and adapters give, as tables."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -24,6 +26,22 @@ def bench(
         float, typer.Option(help="What each forward pass takes: a sleep.", min=0)
     ] = 0,
     items: Annotated[int, typer.Option(help="Items for the demo family; 0: none.", min=0)] = 200,
+    backend: Annotated[
+        str, typer.Option(help="Measure backends instead, by commas: transformers, vllm.")
+    ] = "",
+    sequences: Annotated[
+        str, typer.Option(help="With --backend: sequences decoded together, by commas.")
+    ] = "1,8,32",
+    tokens: Annotated[int, typer.Option(help="With --backend: new tokens of each.", min=1)] = 32,
+    adapters: Annotated[
+        str, typer.Option(help="Measure numbers of adapters over one base instead, by commas.")
+    ] = "",
+    shape: Annotated[
+        str, typer.Option(help="With --backend or --adapters: of the models, `real` or `tiny`.")
+    ] = "real",
+    vllm_python: Annotated[
+        str, typer.Option(help="The Python of an environment with vLLM, if this has none.")
+    ] = "",
 ) -> None:
     """What a step of the engine costs by itself, and what batching and shared examples gain.
 
@@ -31,7 +49,17 @@ def bench(
     bytes between as many processes of this node in one plain ZeroMQ round trip. With several
     numbers of experts and of rows, a fit of what grows with what. Items: those of the demo family,
     in this process.
+
+    With --backend: tokens/s of random models of real shapes, one alone and a fused family, beside
+    vLLM's own where there is one. With --adapters: memory and steps of a base with adapters in one
+    worker, beside as many separate models.
     """
+    if adapters:
+        _adapters(adapters, backend or "transformers", shape, rounds, vllm_python or None)
+        return
+    if backend:
+        _backends(backend, sequences, shape, tokens, rounds, vllm_python or None)
+        return
     from dlf_ray import bench as measure
     from dlf_ray.training import corpus
     from dlf_ray.training import demo as family_demo
@@ -52,7 +80,7 @@ def bench(
         title=f"vocabulary {vocab}, medians of {rounds} rounds of {steps} steps",
     )
     with errors():
-        counts, sizes = ([int(size) for size in names_of(listed)] for listed in (experts, rows))
+        counts, sizes = map(_numbers, (experts, rows))
         results = []
         for r in measure.bench(
             counts, sizes, vocab=vocab, steps=steps, rounds=rounds, forward_ms=forward_ms
@@ -124,3 +152,103 @@ def bench(
         f"{s.shared:.1f} items/s: {s.shared / s.recomputed:.2f} times as many",
         highlight=False,
     )
+
+
+def _numbers(listed: str) -> list[int]:
+    return [int(number) for number in names_of(listed)]
+
+
+def _backends(
+    listed: str, sequences: str, shape: str, tokens: int, rounds: int, vllm_python: str | None
+) -> None:
+    from dlf_ray import bench_backends as measure
+
+    backends = names_of(listed)
+    table = Table(
+        "what",
+        "sequences",
+        *(f"{backend}\ntokens/s" for backend in backends),
+        f"{measure.PEER}\ntokens/s",
+        *(f"{backend} /\n{measure.PEER}" for backend in backends),
+        box=box.SIMPLE,
+        title=f"medians of {rounds} rounds: {tokens} tokens after prompts of {measure.PROMPT}",
+        caption=f"{measure.PEER}: LLM.generate of the large model, eager as under dlf_ray",
+        caption_justify="left",
+    )
+    with errors(), _shown(table, vllm_python):
+        found = measure.bench_backends(
+            backends,
+            _numbers(sequences),
+            shape=shape,
+            tokens=tokens,
+            rounds=rounds,
+            vllm_python=vllm_python,
+        )
+        for speed in found:
+            peer = speed.peer if speed.what == measure.ALONE else None
+            ratios = [speed.ratio(backend) for backend in backends]
+            table.add_row(
+                speed.what,
+                str(speed.sequences),
+                *(f"{speed.rates[backend]:.1f}" for backend in backends),
+                f"{peer:.1f}" if peer else "",
+                *(f"{ratio:.2f}" if ratio else "" for ratio in ratios),
+            )
+            console.print(f"measured {speed.what}, {speed.sequences} sequences", style="dim")
+
+
+def _adapters(listed: str, backend: str, shape: str, rounds: int, vllm_python: str | None) -> None:
+    from dlf_ray import bench_backends as measure
+
+    table = Table(
+        "backend",
+        "adapters",
+        "one worker\nMiB",
+        "separate\nMiB",
+        "separate /\none worker",
+        "one worker\nms a step",
+        "separate\nms a step",
+        "separate /\none worker",
+        "separate\nmeasured",
+        box=box.SIMPLE,
+        title=f"medians of {rounds} rounds of {measure.STEPS} steps of {measure.ROWS} sequences "
+        "per model",
+        caption="MiB are resident in processes, libraries that they share in each; ~ is "
+        "extrapolated: memory from one separate model, time from those measured",
+        caption_justify="left",
+    )
+    with errors(), _shown(table, vllm_python):
+        found = measure.bench_adapters(
+            _numbers(listed),
+            names_of(backend),
+            shape=shape,
+            rounds=rounds,
+            vllm_python=vllm_python,
+        )
+        for saving in found:
+            sign = "~" if saving.extrapolated else ""
+            table.add_row(
+                saving.backend,
+                str(saving.adapters),
+                f"{saving.shared_bytes / 2**20:.0f}",
+                f"{sign}{saving.separate_bytes / 2**20:.0f}",
+                f"{sign}{saving.separate_bytes / saving.shared_bytes:.2f}",
+                f"{saving.shared_ms:.1f}",
+                f"{sign}{saving.separate_ms:.1f}",
+                f"{sign}{saving.separate_ms / saving.shared_ms:.2f}",
+                f"{saving.measured} of {saving.adapters + 1}",
+            )
+            console.print(f"measured {saving.backend}, {saving.adapters} adapters", style="dim")
+
+
+@contextmanager
+def _shown(table: Table, vllm_python: str | None) -> Iterator[None]:
+    """Prints the table in the end, also with what there is of it where something ends it before."""
+    from dlf_ray.bench_backends import about
+
+    try:
+        yield
+    finally:
+        if table.row_count:
+            console.print(about(vllm_python), highlight=False, soft_wrap=True)
+            console.print(table)
