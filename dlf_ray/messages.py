@@ -10,6 +10,7 @@ Two kinds of traffic, neither of them pickled:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -264,6 +265,16 @@ class Recovery(msgspec.Struct, frozen=True):
     """From the moment the loss was noticed until the model's logits were used again."""
 
 
+class Pool(msgspec.Struct, frozen=True):
+    """A cache of blocks, which the models of one worker share."""
+
+    worker: str
+    tokens: int
+    """Of all sequences together, as many as fit."""
+    block: int
+    """Tokens that are given out together."""
+
+
 class AddModel(msgspec.Struct, frozen=True, tag=True):
     """Client to coordinator: make room for one more expert. Answered twice by `Done`: with what the
     worker needs to connect, and once it has."""
@@ -272,7 +283,9 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     length: int
     """The tokens that a sequence may have in it."""
     positions: int | None = None
-    """Slots x length that its cache has room for, where that is known."""
+    """Slots x length that its cache has room for, where it is a rectangle and that is known."""
+    pool: Pool | None = None
+    """Its cache, where that is one of blocks."""
 
 
 class RemoveModel(msgspec.Struct, frozen=True, tag=True):
@@ -355,6 +368,11 @@ class Description:
     """What its device has left for the cache, a step's own needs put aside; None if unknown."""
     node: str = ""
     """The machine that it runs on: its models share the main memory."""
+    block: int = 0
+    """Tokens of a block, where the cache is one of blocks; 0 where it is a rectangle."""
+    blocks: int = 0
+    """How many blocks there are, of all layers together."""
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -366,7 +384,9 @@ class Limits:
     vocab: int
     eos_token_ids: tuple[int, ...]
     positions: dict[str, int] = field(default_factory=dict)
-    """For each model whose memory is known: slots x length that its cache may have."""
+    """For each model whose cache is a rectangle and whose memory is known: slots x length."""
+    pools: dict[str, Pool] = field(default_factory=dict)
+    """For each model whose cache is one of blocks."""
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -374,7 +394,7 @@ class Limits:
 
     def having(self, lengths: dict[str, int]) -> Limits:
         """The limits of the same family with other experts."""
-        return Limits(lengths, self.vocab, self.eos_token_ids, self.positions)
+        return dataclasses.replace(self, lengths=lengths)
 
     def check_names(self, models: Collection[str]) -> None:
         """Raises `ValueError` where one of the models is not there."""

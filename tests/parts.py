@@ -82,12 +82,14 @@ def flaky(engine, **kwargs):
 ROWS, VOCAB = 4, 50
 
 
-def hub_of(step_timeout_s, kill=lambda process: None):
+def hub_of(
+    step_timeout_s, kill=lambda process: None, names=("large", "base"), rows=ROWS, vocab=VOCAB
+):
     return Hub(
         "127.0.0.1",
-        ["large", "base"],
-        rows=ROWS,
-        vocab=VOCAB,
+        names,
+        rows=rows,
+        vocab=vocab,
         step_timeout_s=step_timeout_s,
         kill=kill,
     )

@@ -13,13 +13,15 @@ from dlf_ray import rules
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlf_ray"
 LIBRARIES = {
-    "ray": {"bench", "engine.actors", "engine.capacity", "engine.engine", "engine.placement"}
-    | {"serving.app", "serving.experts", "serving.http"},
+    "ray": {"bench", "engine.actors", "engine.capacity", "engine.checks", "engine.engine"}
+    | {"engine.placement", "serving.app", "serving.experts", "serving.http"},
     "fastapi": {"serving.http"},
     "starlette": {"serving.app", "serving.http"},
     "pydantic": {"serving.app", "serving.openai", "serving.replica"},
     "zmq": {"bench", "engine.transport"},
-    "transformers": {"models.cache", "models.loading", "training.demo", "training.train"},
+    "transformers": {"bench_backends", "models", "training.demo", "training.train"},
+    "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},
+    "peft": {"bench_backends", "models.adapters", "models.loading"},
     "typer": {"cli"},
     "datasets": {"evaluation.tasks.data"},
     "rouge_score": {"evaluation.tasks.common"},

@@ -4,6 +4,7 @@ Actors import this file, and with it neither a test nor transformers: what a res
 a process that imports Ray and torch.
 """
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dlf_ray.messages import Description
@@ -164,6 +166,34 @@ class Mortal(_Mortal, Light):
 
 class MortalModel(_Mortal, ModelWorker):
     """A real one that does."""
+
+
+class Failing(ModelWorker):
+    """A real one. Its process leaves its number beside the model (.pid), and fails once, in the
+    midst of an answer, where a file .fault says how."""
+
+    def load(self):
+        beside(self.spec, "pid").write_text(str(os.getpid()))
+        return super().load()
+
+    def compute(self, plan):
+        sign, fault = beside(self.spec, "fault"), None
+        if plan.starts.max(initial=0) > 30 and sign.exists():
+            fault = sign.read_text()
+            sign.unlink()
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hangs":
+            time.sleep(600)
+        if fault == "out of memory":
+            raise torch.OutOfMemoryError("no room")
+        answer = super().compute(plan)
+        if fault == "not finite":
+            values = answer.values.clone()
+            values[0] = torch.nan
+            finite = np.arange(len(values)) > 0
+            return dataclasses.replace(answer, values=values, finite=finite)
+        return answer
 
 
 class Unloadable(ModelWorker):

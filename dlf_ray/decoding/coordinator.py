@@ -33,7 +33,17 @@ from dlf_ray.decoding.stream import Stream
 from dlf_ray.decoding.telemetry import Telemetry
 from dlf_ray.decoding.text import Detokenizer, TextStream
 from dlf_ray.errors import sticks
-from dlf_ray.messages import Chunk, Failed, FinishReason, Limits, Lost, Ready, Request, Timings
+from dlf_ray.messages import (
+    Chunk,
+    Failed,
+    FinishReason,
+    Limits,
+    Lost,
+    Pool,
+    Ready,
+    Request,
+    Timings,
+)
 from dlf_ray.metrics import Clock, Sink
 from dlf_ray.plans import Logits, Plan
 
@@ -99,6 +109,7 @@ class Coordinator:
             enable_prefix_caching=engine.enable_prefix_caching,
             drop_experts=engine.on_expert_loss == "drop",
             positions=limits.positions,
+            pools=limits.pools,
         )
         self.losses = Losses(self.telemetry.recovered)
         self.sequences: dict[tuple[str, int], Stream] = {}
@@ -475,12 +486,16 @@ class Coordinator:
         running = self.scheduler.running
         return [each for each in running if each.slot in slots and isinstance(each, Stream)]
 
-    def add_model(self, name: str, length: int, positions: int | None = None) -> None:
+    def add_model(
+        self, name: str, length: int, positions: int | None = None, pool: Pool | None = None
+    ) -> None:
         """One more expert, away until the fabric says that it is ready."""
         self.limits = self.limits.having({**self.limits.lengths, name: length})
         self._given_up.pop(name, None)
         if positions is not None:
             self.scheduler.slots.positions[name] = positions
+        if pool is not None:
+            self.scheduler.slots.pools[name] = pool
         self.scheduler.lose(name)
 
     def is_ready(self, name: str) -> bool:

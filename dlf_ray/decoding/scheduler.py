@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from dlf_ray.decoding.slots import BLOCK, NO_PREFIX, Cached, Ints, Prefix, Slots, Tokens
-from dlf_ray.messages import Request
+from dlf_ray.messages import Pool, Request
 from dlf_ray.plans import Plan
 
 WORTH_WAITING = 64
@@ -132,15 +132,16 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         drop_experts: bool = False,
         positions: Mapping[str, int] | None = None,
+        pools: Mapping[str, Pool] | None = None,
     ) -> None:
-        """`positions`: see `Slots`."""
+        """`positions`, `pools`: see `Slots`."""
         self.enable_prefix_caching = enable_prefix_caching
         self.drop_experts = drop_experts
         """Whether sequences go on without an expert that is away."""
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_rows = max_rows or max_num_seqs
         """Rows of logits in a step, at least one for each running sequence."""
-        self.slots = Slots(max_num_seqs, positions)
+        self.slots = Slots(max_num_seqs, positions, pools)
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.stalled: dict[Sequence, None] = {}
         """Those that wait for a model which is away."""
@@ -219,6 +220,7 @@ class Scheduler:
         self.away.discard(model)
         self.slots.lose(model)
         self.slots.positions.pop(model, None)
+        self.slots.pools.pop(model, None)
 
     def preempt(self) -> None:
         """Sends all that runs back to the queue, to be computed anew as the limit allows."""
@@ -371,7 +373,9 @@ class Scheduler:
                     sequence.sources[model] = Source(start.slot, self.slots.cached[start.slot])
                 sequence.computed[model] = start.size
         sequence.slot = slot
-        self.slots.allocate(slot, sequence.needs, Cached(sequence.tokens, sequence.computed))
+        own = [model for model, each in starts.items() if each.size and each.slot == slot]
+        cached = Cached(sequence.tokens, sequence.computed)
+        self.slots.allocate(slot, sequence.needs, cached, own)
         self.running.append(sequence)
 
     def _waits(self, sequence: Sequence) -> bool:
@@ -421,6 +425,7 @@ class Scheduler:
             starts.append(start)
             tokens.append(sequence.tokens[model].array(start, start + size))
             sequence.computed[model] = start + size
+            self.slots.hold(sequence.slot, model, start + size)
             if start // BLOCK < (start + size) // BLOCK or source:
                 self.slots.note(sequence.slot, model)
         keep, keep_length = self.slots.shapes[model]
@@ -434,6 +439,7 @@ class Scheduler:
             sources=_ints(sources if max(sources) >= 0 else []),
             keep=keep,
             keep_length=keep_length,
+            drops=_ints(self.slots.dropped(model)),
         )
 
 

@@ -13,13 +13,15 @@ what is only remembered gives way.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
+from dlf_ray.messages import Pool
 from dlf_ray.plans import LENGTH_STEP
 
 BLOCK = 16
@@ -103,12 +105,19 @@ NO_PREFIX = Prefix(0, -1)
 class Slots:
     """The slots of a family, the same in the cache of every model."""
 
-    def __init__(self, count: int, positions: Mapping[str, int] | None = None) -> None:
-        """`positions`: for each model whose memory is known, slots x length that fit in there."""
+    def __init__(
+        self,
+        count: int,
+        positions: Mapping[str, int] | None = None,
+        pools: Mapping[str, Pool] | None = None,
+    ) -> None:
+        """`positions`: for each model whose memory is known, slots x length that fit in there.
+        `pools`: for each model whose cache is one of blocks instead, those."""
         self.count = count
         self.limit = count
         """Only the slots below it may be taken: fewer after memory ran out unforeseen."""
         self.positions = dict(positions or {})
+        self.pools = dict(pools or {})
         self.free = list(range(count))
         """In ascending order."""
         self.cached: dict[int, Cached] = {}
@@ -120,6 +129,11 @@ class Slots:
         """By model and hash of a block: the slots that hold it."""
         self._coming: dict[int, dict[int, None]] = {}
         """By hash of a block of a prompt: the slots whose sequences hold or will compute it."""
+        self._drops: dict[str, dict[int, None]] = {}
+        """By model with a cache of blocks: slots that it is to drop before its next step."""
+        self._held: dict[str, dict[int, int]] = {}
+        """By the same, and slot: the positions that it has blocks for, but of those to be dropped.
+        A sequence that waits for its turn in a step has what its slot held before."""
         self._clock = 0
 
     # ------------------------------------------------------------ prefixes
@@ -203,23 +217,40 @@ class Slots:
 
             wish = min(free, key=worth)  # the first, so the lowest, of equals
         for slot in (wish, free[0]):
-            if all(self._shape(model, slot + 1, needs[model]) for model in needs):
+            going_on = {model for model, start in starts.items() if start.slot == slot}
+            if self._fit_pools(slot, needs, going_on) and all(
+                self._shape(model, slot + 1, needs[model]) for model in needs
+            ):
                 return slot
         return None
 
-    def allocate(self, slot: int, needs: Mapping[str, int], cached: Cached) -> None:
-        """Gives a free slot to a sequence; what it held is remembered no longer."""
+    def allocate(
+        self, slot: int, needs: Mapping[str, int], cached: Cached, own: Collection[str] = ()
+    ) -> None:
+        """Gives a free slot to a sequence; what it held is remembered no longer. `own`: the models
+        in which it goes on from that."""
         for model, length in needs.items():
             shape = self._shape(model, slot + 1, length)
             assert shape, "a slot that was not chosen"
             self._reshape(model, shape)
+        held = {model: self._held[model].get(slot, 0) for model in own if model in self._held}
         self.forget(slot)
+        for model, length in held.items():
+            self._drops.get(model, {}).pop(slot, None)
+            self.hold(slot, model, length)
         self.free.remove(slot)
         self.cached[slot] = cached
         self._needs[slot] = dict(needs)
+        for pool in {self.pools[model] for model in needs if model in self.pools}:
+            self._make_room(pool)
         for tokens in cached.texts():
             for block in tokens.hashes():
                 self._coming.setdefault(block, {})[slot] = None
+
+    def hold(self, slot: int, model: str, length: int) -> None:
+        """The model will have so many positions of a slot after its next step."""
+        if model in self.pools:
+            self._held.setdefault(model, {})[slot] = length
 
     def release(self, slot: int) -> None:
         """The sequence of a slot has ended or has to make room; what it computed is remembered."""
@@ -236,10 +267,15 @@ class Slots:
                 self._forget_model(slot, model)
             if slot not in self._needs:
                 del self.cached[slot]
+                for model, held in self._held.items():
+                    if held.pop(slot, 0):
+                        self._drops.setdefault(model, {})[slot] = None
 
     def lose(self, model: str) -> None:
         """A model has nothing in its cache any more."""
         self._index.pop(model, None)
+        self._drops.pop(model, None)
+        self._held.pop(model, None)
         self.shapes[model] = self._taken(model)
         for cached in self.cached.values():
             cached.indexed.pop(model, None)
@@ -290,6 +326,52 @@ class Slots:
                     else:
                         cached.computed[model] = length
 
+    def dropped(self, model: str) -> list[int]:
+        """The slots that the model is to drop in its next step; they are told once."""
+        return list(self._drops.pop(model, ()))
+
+    def _fit_pools(self, slot: int, needs: Mapping[str, int], own: Collection[str]) -> bool:
+        """Whether a sequence has enough blocks beside those that run, whatever is only remembered.
+
+        Alone it has: that was looked at when the family started.
+        """
+        if not self._needs:
+            return True
+        return all(
+            self._running(pool) + self._blocks(pool, slot, needs, own) <= pool.tokens
+            for pool in {self.pools[model] for model in needs if model in self.pools}
+        )
+
+    def _running(self, pool: Pool) -> int:
+        """What those that run have of a pool or may come to need."""
+        return sum(self._blocks(pool, slot, needs) for slot, needs in self._needs.items())
+
+    def _blocks(
+        self,
+        pool: Pool,
+        slot: int,
+        needs: Mapping[str, int] = MappingProxyType({}),
+        own: Collection[str] | None = None,
+    ) -> int:
+        """The tokens of whole blocks for what a slot needs and holds; `own`: in which models it
+        counts what it holds, in all if that is not said."""
+        total = 0
+        for model, its in self.pools.items():
+            if its == pool:
+                counts = own is None or model in own
+                held = self._held.get(model, {}).get(slot, 0) if counts else 0
+                total += -(-max(needs.get(model, 0), held) // pool.block) * pool.block
+        return total
+
+    def _make_room(self, pool: Pool) -> None:
+        """Drops what is only remembered, the least used first, as far as those that run need it."""
+        left = pool.tokens - self._running(pool)
+        rest = sorted(set(self.cached) - set(self._needs), key=lambda slot: -self.cached[slot].used)
+        for slot in rest:
+            left -= self._blocks(pool, slot)
+            if left < 0:
+                self.forget(slot)
+
     # ------------------------------------------------------------ what must hold
 
     def check_integrity(self) -> None:
@@ -310,6 +392,15 @@ class Slots:
         for model, most in self.positions.items():
             rows, length = self.shapes.get(model, (0, 0))
             assert rows * length <= most or rows == 1
+        for pool in set(self.pools.values()):
+            held = [self._blocks(pool, slot, self._needs.get(slot, {})) for slot in self.cached]
+            assert sum(held) <= pool.tokens or len(held) == 1
+        for model, lengths in self._held.items():
+            assert set(lengths) <= set(self.cached)
+            assert not set(lengths) & set(self._drops.get(model, ())) - taken
+            for slot, length in lengths.items():
+                cached = self.cached[slot]
+                assert slot in taken or cached.computed.get(model, 0) <= length
 
 
 def _rounded(length: int) -> int:

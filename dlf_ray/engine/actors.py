@@ -11,6 +11,7 @@ import logging
 import os
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from dlf_ray.config import EngineConfig, ModelSpec
 from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.capacity import this_node
+from dlf_ray.engine.sharing import SharedWorkers
 from dlf_ray.engine.transport import (
     Connection,
     Done,
@@ -55,8 +57,14 @@ IDLE_WAIT_S = 1.0
 class WorkerActor:
     """A worker whose loop is reached over sockets."""
 
-    def __init__(self, worker: type[ModelWorker], spec: ModelSpec, engine: EngineConfig) -> None:
-        self.worker = worker(spec, engine)
+    def __init__(
+        self,
+        worker: type[ModelWorker],
+        spec: ModelSpec,
+        engine: EngineConfig,
+        adapters: Sequence[str] = (),
+    ) -> None:
+        self.worker = worker(spec, engine, adapters) if adapters else worker(spec, engine)
         self.loaded = False
 
     def load(self) -> Description:
@@ -79,9 +87,8 @@ class WorkerActor:
         """The loop. Ray calls it again in a new process where the one before has died."""
         if not self.loaded:
             self.load()
-        link = WorkerLink(connection, name, _this_process())
         try:
-            self.worker.run(link)
+            self.worker.serve(partial(WorkerLink, connection, name, _this_process()))
         except Exception:
             # What no step can get over, such as an error of CUDA's that sticks, another process
             # can: Ray starts one, as where this one had died by itself.
@@ -151,20 +158,23 @@ class CoordinatorActor:
 
     def open(
         self,
-        models: Sequence[str],
+        workers: Mapping[str, Sequence[str]],
         limits: Limits,
         tokenizer: Any,
         engine: EngineConfig,
         model_name: str,
     ) -> dict[str | None, Connection]:
-        """Binds the hub; the connection of each worker, and under None that of clients."""
+        """Binds the hub; the connection of each worker, and under None that of clients.
+
+        `workers`: the models that each serves, in its order.
+        """
         torch.set_num_threads(max(1, int(engine.num_cpus or 1)))
         keep_to_share(engine.num_gpus)
         host = ray.util.get_node_ip_address()
         self.hub = Hub(
             host,
-            models,
-            rows=engine.max_rows(limits.vocab),
+            list(workers),
+            rows=engine.max_rows(limits.vocab) * max(map(len, workers.values())),
             vocab=limits.vocab,
             step_timeout_s=engine.step_timeout_s,
             kill=_kill_anywhere,
@@ -172,15 +182,16 @@ class CoordinatorActor:
         self._joining: dict[str, str] = {}
         self._leaving: dict[str, str] = {}
         """Which client is to hear of an expert once it is in, or out."""
+        shared = any(len(models) > 1 for models in workers.values())
         self.coordinator = Coordinator(
-            self.hub,
+            SharedWorkers(self.hub, workers) if shared else self.hub,
             limits=limits,
             detokenizer=detokenizers(tokenizer),
             engine=engine,
             device="cuda" if engine.num_gpus else "cpu",
             metrics=RayMetrics(model_name),
         )
-        return {name: self.hub.connection(name) for name in (*models, None)}
+        return {name: self.hub.connection(name) for name in (*workers, None)}
 
     def ready(self, timeout_s: float) -> dict[str, bool]:
         """Waits for all workers; whether each hands its logits over in shared memory."""
@@ -220,7 +231,9 @@ class CoordinatorActor:
                 answer = msgspec.structs.replace(self.coordinator.timings, id=message.id)
                 self.hub.publish(client, answer)
             case AddModel():
-                self.coordinator.add_model(message.name, message.length, message.positions)
+                self.coordinator.add_model(
+                    message.name, message.length, message.positions, message.pool
+                )
                 self._joining[message.name] = client
                 room = self.hub.add(message.name)
                 self.hub.publish(client, Done(message.name, "added", room))

@@ -22,10 +22,11 @@ import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from dlf_ray.config import LARGE, ExpertSpec, Family, ModelSpec, converted
+from dlf_ray.config import LARGE, ExpertSpec, Family, converted
 from dlf_ray.engine.actors import CoordinatorActor, WorkerActor
+from dlf_ray.engine.checks import check_family, several_nodes
 from dlf_ray.engine.frontend import BaseEngine, Prompts
-from dlf_ray.engine.limits import chosen, limits_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output, raised
 from dlf_ray.engine.placement import COORDINATOR, Placement, need_of, needs, settled, settled_expert
@@ -125,23 +126,26 @@ class Engine(BaseEngine):
         family = self.family.with_gpu_share if self._given else settled(self.family)
         self.family = family
         self._models = chosen(family, list(self._models))
+        if self._worker is ModelWorker:
+            check_family(family, self._models, elsewhere=several_nodes())
         _say_where_it_fuses(family)
         placement = Placement(needs(family, self._models), family.engine, self._given)
         self._placements[COORDINATOR] = placement
         placement.wait()
-        for name, spec in self._models.items():
-            self._actors[name] = self._start_worker(placement, name, spec)
+        served = workers_of(family, self._models)
+        for name, models in served.items():
+            self._actors[name] = self._start_worker(placement, name, family, models[1:])
         coordinator: Any = ray.remote(CoordinatorActor)
         coordinator = coordinator.options(**placement.options(COORDINATOR)).remote()
         workers, self._actors[COORDINATOR] = dict(self._actors), coordinator
-        descriptions = self._load(workers)
+        descriptions = by_model(family, served, self._load(workers))
         check_vocabularies(family, descriptions, self._vocabulary)
         first = next(iter(workers))
         large = () if first == LARGE else (family.large,)
         self.tokenizer = self._one(first, workers[first].tokenizer.remote(*large))
         self.limits = limits_of(family, descriptions)
         opened = coordinator.open.remote(
-            list(workers), self.limits, self.tokenizer, family.engine, self._model_name
+            served, self.limits, self.tokenizer, family.engine, self._model_name
         )
         connections = self._one(COORDINATOR, opened)
         self._descriptions = descriptions
@@ -154,12 +158,19 @@ class Engine(BaseEngine):
         self._link = ClientLink(connections[None], self._receive, self._link_died)
         threading.Thread(target=self._watch, name="dlf-watch", daemon=True).start()
 
-    def _start_worker(self, placement: Placement, name: str, spec: ModelSpec) -> Any:
+    def _start_worker(
+        self, placement: Placement, name: str, family: Family, adapters: Sequence[str] = ()
+    ) -> Any:
+        """An actor for a model of the family, and for `adapters` over it."""
+        spec = family.models[name]
         # A restarted worker is asked again for whatever it was to do: to load, or to serve.
         for_ever = {"max_restarts": -1, "max_task_retries": -1}
         remote: Any = ray.remote(WorkerActor)
-        remote = remote.options(**placement.options(name), **for_ever)
-        return remote.remote(self._worker, spec, self.family.engine)
+        remote = remote.options(
+            **placement.options(name), **for_ever, runtime_env=dict(spec.runtime_env) or None
+        )
+        sources = [family.models[adapter].source for adapter in adapters]
+        return remote.remote(self._worker, spec, family.engine, sources)
 
     def _load(self, workers: Mapping[str, Any]) -> dict[str, Description]:
         """Loads models beside each other; errors as in `_all`.
@@ -217,6 +228,11 @@ class Engine(BaseEngine):
             self._check_open()
             if name in self.family.models:
                 raise ValueError(f"the family has a model {name!r} already")
+            if spec.adapter is not None:
+                raise ValueError(
+                    f"{name!r}: an `adapter` is loaded with its base; to add it to a family that "
+                    "runs, give it as `model`, which loads it merged"
+                )
             spec = settled_expert(spec)
             experts = {**self.family.experts, name: spec}
             family = msgspec.structs.replace(self.family, experts=experts)
@@ -226,19 +242,20 @@ class Engine(BaseEngine):
                 placement = Placement({name: need_of(name, spec)}, family.engine)
                 self._placements[name] = placement
                 placement.wait()
-                actor = self._actors[name] = self._start_worker(placement, name, spec)
+                actor = self._actors[name] = self._start_worker(placement, name, family)
                 (description,) = self._load({name: actor}).values()
                 descriptions = {**self._descriptions, name: description}
                 check_vocabularies(family, descriptions, self._vocabulary)
                 if description.vocab < self.limits.vocab:
                     raise ValueError(
-                        f"model {name!r} ({spec.model}) gives {description.vocab} logits, the "
+                        f"model {name!r} ({spec.source}) gives {description.vocab} logits, the "
                         f"family has {self.limits.vocab}"
                     )
                 limits = limits_of(family, descriptions)
                 length = limits.lengths[name]
                 asked = True
-                self._check_open().send(AddModel(name, length, limits.positions.get(name)))
+                memory = limits.positions.get(name), limits.pools.get(name)
+                self._check_open().send(AddModel(name, length, *memory))
                 connection = self._finished(name, "added").connection
                 loop = actor.serve.remote(connection, name)
                 self._finished(name, "joined", loop)
@@ -265,6 +282,8 @@ class Engine(BaseEngine):
             family, limits = self.family, self.limits
             if name not in family.experts:
                 raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
+            if family.experts[name].adapter is not None:
+                raise ValueError(f"{name!r} is an adapter, which starts and ends with its base")
             loop = self._loops.pop(name, None)  # first, so that its end is not taken for a death
             weights = _without(family.fusion.weights, name)
             self.family = msgspec.structs.replace(
@@ -477,7 +496,7 @@ class Engine(BaseEngine):
         if name == COORDINATOR:
             return f"the {name}"
         spec = self.family.models.get(name)
-        return f"model {name!r}" + (f" ({spec.model})" if spec else "")
+        return f"model {name!r}" + (f" ({spec.source})" if spec else "")
 
     def _one(self, name: str, ref: Any) -> Any:
         return self._all({name: ref})[name]

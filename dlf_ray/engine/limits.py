@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from dlf_ray.config import Family, ModelSpec
-from dlf_ray.messages import Description, Limits
+from dlf_ray.messages import Description, Limits, Pool
 from dlf_ray.plans import LENGTH_STEP
 
 SPARE = 0.9
@@ -25,6 +25,23 @@ def chosen(family: Family, models: Collection[str] | None) -> dict[str, ModelSpe
     return {name: spec for name, spec in family.models.items() if name in models}
 
 
+def workers_of(family: Family, models: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The workers of some models: by the name of each, the models that it serves, its own first."""
+    return {
+        worker: (worker, *(name for name in served if name in models and name != worker))
+        for worker, served in family.workers.items()
+        if not set(served).isdisjoint(models)
+    }
+
+
+def by_model(
+    family: Family, workers: Mapping[str, Collection[str]], loaded: Mapping[str, Description]
+) -> dict[str, Description]:
+    """What each model says of itself, in the order of the family, from what workers have said."""
+    found = {model: loaded[worker] for worker, models in workers.items() for model in models}
+    return {name: found[name] for name in family.models if name in found}
+
+
 def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
     """What the loaded models can take together."""
     eos = {token for each in descriptions.values() for token in each.eos_token_ids}
@@ -39,7 +56,24 @@ def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits
         vocab=min(each.vocab for each in descriptions.values()),
         eos_token_ids=tuple(sorted(eos)),
         positions=positions_of(family, descriptions, lengths),
+        pools=pools_of(family, descriptions, lengths),
     )
+
+
+def pools_of(
+    family: Family, descriptions: Mapping[str, Description], lengths: Mapping[str, int]
+) -> dict[str, Pool]:
+    """The caches of blocks. Raises `ValueError` where one is too small for a single sequence."""
+    pools: dict[str, Pool] = {}
+    for worker, served in family.workers.items():
+        loaded = [name for name in served if name in descriptions]
+        for name in loaded:
+            if (each := descriptions[name]).block:
+                most = each.blocks // len(loaded) * each.block  # it may be in all of them
+                if most < lengths[name]:
+                    raise ValueError(_too_small(family, name, most, lengths[name]))
+                pools[name] = Pool(worker, each.blocks * each.block, each.block)
+    return pools
 
 
 def positions_of(
@@ -50,11 +84,13 @@ def positions_of(
     Models on the CPUs of one node, unless their `memory` is set, share what that has left.
     Raises `ValueError` where a single sequence of the family's length does not fit.
     """
+    owners = {name: worker for worker, served in family.workers.items() for name in served}
     pools: dict[str, list[str]] = {}
     for name, each in descriptions.items():
         if each.free_bytes is not None and each.cache_bytes_per_position:
-            shared = each.device == "cpu" and family.models[name].memory is None
-            pools.setdefault(f"node {each.node}" if shared else f"model {name}", []).append(name)
+            owner = owners[name]
+            shared = each.device == "cpu" and family.models[owner].memory is None
+            pools.setdefault(f"node {each.node}" if shared else f"worker {owner}", []).append(name)
     positions: dict[str, int] = {}
     for names in pools.values():
         free = SPARE * min(descriptions[name].free_bytes or 0 for name in names)
@@ -62,12 +98,17 @@ def positions_of(
         positions |= dict.fromkeys(names, int(free / size) // LENGTH_STEP * LENGTH_STEP)
     for name, most in positions.items():
         if most < lengths[name]:
-            raise ValueError(
-                f"model {name!r} ({family.models[name].model}) has memory for the keys and values "
-                f"of {most} tokens, a sequence may have {lengths[name]}: set "
-                f"`engine: {{max_model_len: {most}}}` at most, or give it more memory"
-                if most
-                else f"model {name!r} ({family.models[name].model}) leaves no memory for keys and "
-                "values: give it more, or use a smaller `dtype`"
-            )
+            raise ValueError(_too_small(family, name, most, lengths[name]))
     return positions
+
+
+def _too_small(family: Family, name: str, most: int, length: int) -> str:
+    title = f"model {name!r} ({family.models[name].source})"
+    if not most:
+        return (
+            f"{title} leaves no memory for keys and values: give it more, or use a smaller `dtype`"
+        )
+    return (
+        f"{title} has memory for the keys and values of {most} tokens, a sequence may have "
+        f"{length}: set `engine: {{max_model_len: {most}}}` at most, or give it more memory"
+    )

@@ -6,17 +6,19 @@ The same coordinator, scheduler and workers as over Ray; only the fabric is a fu
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from dlf_ray.config import LARGE, Family
 from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.text import detokenizers
+from dlf_ray.engine.checks import check_family
 from dlf_ray.engine.frontend import BaseEngine
-from dlf_ray.engine.limits import chosen, limits_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
 from dlf_ray.engine.output import raised
+from dlf_ray.engine.sharing import SharedWorkers
 from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
 from dlf_ray.metrics import Sink
-from dlf_ray.models.worker import ModelWorker, check_vocabularies
+from dlf_ray.models.worker import ModelWorker, backend_of, check_vocabularies
 from dlf_ray.plans import Logits, Plan
 
 
@@ -39,6 +41,24 @@ class LocalFabric:
         return iter(())
 
 
+def _worker(
+    worker: Callable[..., ModelWorker], family: Family, name: str, adapters: Sequence[str]
+) -> ModelWorker:
+    more = ([family.models[each].source for each in adapters],) if adapters else ()
+    return worker(family.models[name], family.engine, *more)
+
+
+def _check_backends(family: Family, workers: Sequence[str]) -> None:
+    """Raises `ValueError` for several models under vLLM, which has state that is the process's."""
+    engine = family.engine
+    found = [name for name in workers if backend_of(family.models[name], engine) == "vllm"]
+    if len(found) > 1:
+        raise ValueError(
+            f"a process takes one model under vLLM, here are {found}: use `Engine`, whose models "
+            "have processes of their own, or `backend: transformers`"
+        )
+
+
 class LocalEngine(BaseEngine):
     """Generates in this process; each wait for a chunk advances all running requests."""
 
@@ -54,14 +74,20 @@ class LocalEngine(BaseEngine):
         Requests that need a model that is not loaded are refused.
         """
         super().__init__(family)
-        specs = chosen(family, models)
-        workers = {name: worker(spec, family.engine) for name, spec in specs.items()}
-        descriptions = {name: each.load() for name, each in workers.items()}
+        served = workers_of(family, chosen(family, models))
+        _check_backends(family, list(served))
+        if worker is ModelWorker:
+            check_family(family, models)
+        workers = {name: _worker(worker, family, name, own[1:]) for name, own in served.items()}
+        loaded = {name: each.load() for name, each in workers.items()}
+        descriptions = by_model(family, served, loaded)
         check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
         self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
         self.limits = limits_of(family, descriptions)
+        shared = any(len(own) > 1 for own in served.values())
+        fabric = LocalFabric(workers)
         self.coordinator = Coordinator(
-            LocalFabric(workers),
+            SharedWorkers(fabric, served) if shared else fabric,
             limits=self.limits,
             detokenizer=detokenizers(self.tokenizer),
             engine=family.engine,

@@ -26,7 +26,7 @@ from dlf_ray.engine.capacity import (
     starting,
     together,
 )
-from dlf_ray.engine.limits import chosen
+from dlf_ray.engine.limits import chosen, workers_of
 from dlf_ray.engine.output import EngineError
 
 COORDINATOR = "coordinator"
@@ -96,9 +96,10 @@ def needs(family: Family, models: Collection[str] | None = None) -> dict[str, Ne
     Raises `ValueError` for an accelerator that Ray does not know.
     """
     family = family.with_gpu_share
+    workers = workers_of(family, chosen(family, models))
     actors: dict[str, ModelSpec | EngineConfig] = {
         COORDINATOR: family.engine,
-        **chosen(family, models),
+        **{name: family.models[name] for name in workers},
     }
     return {name: need_of(name, asked) for name, asked in actors.items()}
 
@@ -111,7 +112,7 @@ def settled(family: Family, copies: int = 1, beside: float = 0.0) -> Family:
     the others leave; one more share stays free, for an expert that joins later.
     """
     family = family.with_gpu_share
-    actors: list[ActorOptions] = [family.engine, *family.models.values()]
+    actors: list[ActorOptions] = [family.engine, *(family.models[n] for n in family.workers)]
     asked = [each.num_cpus for each in actors if each.num_cpus is not None]
     unasked = len(actors) - len(asked)
     cpus = CPUS
@@ -124,7 +125,10 @@ def settled(family: Family, copies: int = 1, beside: float = 0.0) -> Family:
         family,
         large=_with_cpus(family.large, cpus),
         base=_with_cpus(family.base, cpus),
-        experts={name: _with_cpus(each, cpus) for name, each in family.experts.items()},
+        experts={
+            name: each if each.adapter is not None else _with_cpus(each, cpus)
+            for name, each in family.experts.items()
+        },
         engine=_with_cpus(family.engine, cpus),
     )
 

@@ -162,7 +162,7 @@ def _answered(
 def row_of(job: Job, answer: Answer) -> dict[str, Any]:
     """What `results` keeps of an answer."""
     output, item, fusion = answer.output, answer.item, job.fusion
-    models = {name: job.family.models[name].model for name in fusion.models}
+    models = {name: job.family.models[name].source for name in fusion.models}
     choices = answer.response.choices
     logprobs = [choice.logprob for choice in choices]
     return {

@@ -57,7 +57,7 @@ def settings_of(experiment: Experiment, jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _identity(spec: ModelSpec) -> dict[str, str | None]:
-    return {"model": os.path.normpath(spec.model), "dtype": spec.dtype}
+    return {"model": os.path.normpath(spec.source), "dtype": spec.dtype}
 
 
 def _how(job: Job) -> dict[str, Any]:

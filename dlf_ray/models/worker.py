@@ -5,9 +5,11 @@ A plain class: an actor over Ray, an object beside the coordinator in a local en
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,8 @@ from dlf_ray.plans import Logits, Plan
 
 # The runner and the loading come with transformers, seconds of every process that imports it; a
 # worker with a model of its own kind needs neither, so they are imported where they are used.
+
+log = logging.getLogger("dlf_ray")
 
 
 class Link(Protocol):
@@ -32,27 +36,69 @@ class Link(Protocol):
     def fail(self, failed: Failed) -> None: ...
 
 
+class Backend(Protocol):
+    """What computes plans: `runner.Runner` over transformers, `vllm_runner.VllmRunner`."""
+
+    ranks: int
+    """The processes that it computes in, this one or others."""
+
+    def describe(self) -> Description:
+        """What the family needs to know of the model before the first step."""
+
+    def forward(self, plan: Plan) -> torch.Tensor:
+        """[plan.rows, vocab], rows in the plan's order. Raises `ValueError` for a plan that cannot
+        be; nothing has changed then."""
+
+    def forget(self) -> None:
+        """Gives the memory of the cache back; every sequence has to start at 0 again."""
+
+    def serve(self, worker: ModelWorker, connect: Callable[[], Link]) -> None:
+        """The loop of `worker`, in the first of several processes."""
+
+
+def backend_of(spec: ModelSpec, engine: EngineConfig) -> str:
+    """What computes a model in this process: what its file says, else vLLM where there is one and
+    the model has a GPU."""
+    wanted = spec.backend or engine.backend
+    if wanted != "auto":
+        return wanted
+    backend = "vllm" if spec.num_gpus and importlib.util.find_spec("vllm") else "transformers"
+    log.info("%s is computed by %s", spec.model, backend)
+    return backend
+
+
 class ModelWorker:
     """A runner with its loading and its loop."""
+
+    runner: Backend
+    ranks = 1
+    """The processes that the runner computes in."""
 
     broken = False
     """Whether an error has left the process in a state in which no later step can succeed."""
 
-    def __init__(self, spec: ModelSpec, engine: EngineConfig) -> None:
+    def __init__(self, spec: ModelSpec, engine: EngineConfig, adapters: Sequence[str] = ()) -> None:
+        """`adapters`: folders or hub ids of those that are computed over the same weights."""
         self.spec = spec
         self.engine = engine
+        self.adapters = tuple(adapters)
 
     def load(self) -> Description:
         """Loads the model. Raises what the runner raises: wrong paths, broken files, no memory."""
-        from dlf_ray.models.runner import Runner
-
         torch.set_num_threads(max(1, int(self.spec.num_cpus or 1)))
-        self.runner = Runner(
+        kind: Any
+        if backend_of(self.spec, self.engine) == "vllm":
+            from dlf_ray.models.vllm_runner import VllmRunner as kind
+        else:
+            from dlf_ray.models.runner import Runner as kind
+        self.runner = kind(
             self.spec,
             max_num_seqs=self.engine.max_num_seqs,
             max_model_len=self.engine.max_model_len,
             max_num_batched_tokens=self.engine.max_num_batched_tokens,
+            adapters=self.adapters,
         )
+        self.ranks = self.runner.ranks
         return self.runner.describe()
 
     def tokenizer(self) -> Any:
@@ -69,6 +115,14 @@ class ModelWorker:
         # largest magnitude is NaN or infinite if any is, and ten times faster than asking each.
         finite = values.abs().amax(-1).isfinite().cpu().numpy()
         return Logits(plan.step, values, finite, time.perf_counter() - began, start)
+
+    def serve(self, connect: Callable[[], Link]) -> None:
+        """The same as `run`, with a link that is opened in the process that computes: the first one
+        of a model that is spread over several."""
+        if self.ranks > 1:
+            self.runner.serve(type(self)(self.spec, self.engine), connect)
+        else:
+            self.run(connect())
 
     def run(self, link: Link) -> None:
         """Answers plans until the coordinator says stop.
@@ -117,5 +171,5 @@ def check_vocabularies(
     first = next(iter(descriptions))
     for name, each in descriptions.items():
         if each.tokenizer_digest != descriptions[first].tokenizer_digest:
-            names = (f"{n} ({family.models[n].model})" for n in (first, name))
+            names = (f"{n} ({family.models[n].source})" for n in (first, name))
             raise ValueError(vocabulary_difference(vocabulary(first), vocabulary(name), *names))
