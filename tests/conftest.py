@@ -33,10 +33,11 @@ from dlf_ray.cli import app
 
 EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
-    *("serve", "faults", "serve_operation", "jobs", "health", "experts", "playground", "nodes"),
-    *("ends", "chaos", "engine", "autoscaling", "serve_ends", "evaluate", "structure", "local"),
+    *("serve_operation", "faults", "serve", "jobs", "health", "experts", "playground", "nodes"),
+    *("ends", "chaos", "engine", "autoscaling", "serve_ends", "laptop", "metrics", "evaluate"),
+    *("adapters", "structure", "check", "local"),
 )
-"""Of the test files, so that the two processes end at about the same time."""
+"""Of the test files, so that the processes end at about the same time."""
 FIGURES = "figures"
 
 

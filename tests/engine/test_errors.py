@@ -145,7 +145,7 @@ def test_the_coordinator_is_held_to_its_share_too(folder, fractions, monkeypatch
     family = family_of(folder, experts=(), num_gpus=0.2)
     actor = actors.CoordinatorActor()
     limits = Limits({"large": 8, "base": 8}, 50, ())
-    actor.open(["large", "base"], limits, None, family.engine, "tiny")
+    actor.open({name: (name,) for name in ("large", "base")}, limits, None, family.engine, "tiny")
     assert fractions == [0.2]
     assert actor.coordinator["device"] == "cuda"
     actor.hub.close()
