@@ -35,6 +35,8 @@ SHARE = 0.9
 CPU_SHARE = 0.4
 """The part of a machine's free memory for the blocks of one model, unless its `memory` is set: the
 models of a family are loaded beside each other."""
+BLOCK = 128
+"""The most tokens of a block."""
 log = logging.getLogger("dlf_ray")
 
 
@@ -70,8 +72,8 @@ class VllmRunner:
         own = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
         dtype = own if spec.dtype == "auto" else spec.dtype
         weights, per_position = self._sizes(config, spec, dtype)
-        # Each sequence ends in a block of its own.
-        wanted = self._slots * (self._length + 128) * per_position
+        # Each sequence ends in a block of its own; one block is vLLM's, one is there to copy to.
+        wanted = (self._slots * (self._length + BLOCK) + 2 * BLOCK) * per_position
         cache = min(wanted, self._budget(spec, weights))
         log.info("%s: %.2f GiB for keys and values", spec.model, cache / 2**30)
         self._llm = self._start(
@@ -208,9 +210,11 @@ class VllmRunner:
             return
         try:
             whole = self.forward(_plan(0, 0, tokens, size)).float().cpu()
-            parts = [self.forward(_plan(1, 0, tokens[:half], half))]
-            self.forward(_plan(1, half, tokens[:2], 1))  # other tokens, to be gone back from
-            parts += [self.forward(_plan(1, at, tokens[at:][:1], 1)) for at in range(half, size)]
+            again = min(1, self._slots - 1)
+            parts = [self.forward(_plan(again, 0, tokens[:half], half))]
+            # Other tokens, to be gone back from.
+            self.forward(_plan(again, half, tokens[:2], 1))
+            parts += [self.forward(_plan(again, i, tokens[i:][:1], 1)) for i in range(half, size)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of any kind: kernels and places that this model has otherwise

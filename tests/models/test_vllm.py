@@ -69,6 +69,14 @@ def test_random_schedules(folder, newer):
 
 
 @needs_vllm
+@pytest.mark.parametrize("slots", [1, 2])
+def test_few_and_short_sequences_are_enough(folder, slots):
+    run = Apart(folder, max_num_seqs=slots, max_model_len=20)
+    assert follow(run, Oracle(folder), Schedule(0, slots, 20), steps=25) > 5
+    run.close()
+
+
+@needs_vllm
 @RUNNERS
 def test_windows_have_blocks_of_their_own(windows, newer):
     run = Apart(windows, newer=newer)
