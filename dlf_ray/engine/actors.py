@@ -25,7 +25,7 @@ from dlf_ray.config import EngineConfig, ModelSpec
 from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.capacity import this_node
-from dlf_ray.engine.sharing import SharedWorkers
+from dlf_ray.engine.sharing import by_models
 from dlf_ray.engine.transport import (
     Connection,
     Done,
@@ -182,9 +182,8 @@ class CoordinatorActor:
         self._joining: dict[str, str] = {}
         self._leaving: dict[str, str] = {}
         """Which client is to hear of an expert once it is in, or out."""
-        shared = any(len(models) > 1 for models in workers.values())
         self.coordinator = Coordinator(
-            SharedWorkers(self.hub, workers) if shared else self.hub,
+            by_models(self.hub, workers),
             limits=limits,
             detokenizer=detokenizers(tokenizer),
             engine=engine,

@@ -15,7 +15,7 @@ from dlf_ray.engine.checks import check_family
 from dlf_ray.engine.frontend import BaseEngine
 from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
 from dlf_ray.engine.output import raised
-from dlf_ray.engine.sharing import SharedWorkers
+from dlf_ray.engine.sharing import by_models
 from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
 from dlf_ray.metrics import Sink
 from dlf_ray.models.worker import ModelWorker, backend_of, check_vocabularies
@@ -84,10 +84,8 @@ class LocalEngine(BaseEngine):
         check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
         self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
         self.limits = limits_of(family, descriptions)
-        shared = any(len(own) > 1 for own in served.values())
-        fabric = LocalFabric(workers)
         self.coordinator = Coordinator(
-            SharedWorkers(fabric, served) if shared else fabric,
+            by_models(LocalFabric(workers), served),
             limits=self.limits,
             detokenizer=detokenizers(self.tokenizer),
             engine=family.engine,

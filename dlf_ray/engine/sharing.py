@@ -17,6 +17,12 @@ from dlf_ray.messages import Failed, Lost, Ready
 from dlf_ray.plans import ALL, Ints, Logits, Plan
 
 
+def by_models(fabric: Fabric, workers: Mapping[str, Sequence[str]]) -> Fabric:
+    """A fabric of models over one of workers; the same where each serves one."""
+    shared = any(len(models) > 1 for models in workers.values())
+    return SharedWorkers(fabric, workers) if shared else fabric
+
+
 class SharedWorkers:
     """A fabric of models over a fabric of workers."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dlf_ray.models.loading import NOWHERE
+from dlf_ray.models.loading import folder_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNMIXED = (
@@ -52,7 +52,7 @@ def find_adapter(source: str, base: str) -> Adapter:
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f'the adapter {source} needs peft: pip install "dlf_ray[adapters]"')
-    folder = _folder(source)
+    folder = folder_of(source, [CONFIG, WEIGHTS])
     config = _config(source, folder)
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -126,18 +126,6 @@ class Adapters:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A hook that stays: PEFT's own are put on every layer anew in each pass."""
         return args, {**kwargs, "adapter_names": self._rows}
-
-
-def _folder(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # of a name that cannot be a hub's, or of many kinds from the net
-        raise ValueError(f"the adapter {source}: {NOWHERE} ({error})") from error
 
 
 def _config(source: str, folder: Path) -> Mapping[str, Any]:

@@ -24,9 +24,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec
 from dlf_ray.models.adapters import CONFIG, WEIGHTS, find_adapter
-from dlf_ray.models.loading import NOWHERE, _check_folder, _check_weights, load_tokenizer
-from dlf_ray.models.runner import _context, _windows
-from dlf_ray.models.vllm_runner import check_adapter, check_version
+from dlf_ray.models.loading import (
+    NOWHERE,
+    check_folder,
+    check_weights,
+    context_of,
+    load_tokenizer,
+    pickled,
+    windows_of,
+)
+from dlf_ray.models.vllm_runner import ROLLED_BACK, check_adapter, check_version
 from dlf_ray.models.worker import backend_of
 from dlf_ray.plans import ALL
 
@@ -42,8 +49,6 @@ SMALL = (
 """What is fetched of a model on the hub."""
 LEARNED_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 """Adapters that are no change of weights."""
-ROLLED_BACK = {"full_attention", "sliding_attention", "chunked_attention"}
-"""The kinds of layers that vLLM can take back to an earlier position."""
 FRACTIONS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The types of weights that are turned into the model's own, by their names in a header."""
 
@@ -299,13 +304,13 @@ class _Look:
         elif known and named and known.__name__ != named:
             text_of = f"{title} is loaded as {known.__name__}, whose weights it may lack"
             self.transformers.append(Problem("warning", text_of))
-        context = self.facts["context"] = _context(text)
+        context = self.facts["context"] = context_of(text)
         if context == ALL:
             self.facts["context"] = None
         attends = getattr(text, "num_attention_heads", None) is not None
         recurrent = getattr(known, "_is_stateful", False) or not attends
         try:
-            _windows(text, self.source, min(self.engine.max_model_len, context))
+            windows_of(text, self.source, min(self.engine.max_model_len, context))
             if recurrent:
                 self._refuse(
                     f"{title} has recurrent layers, which a slot cache cannot hold: use a model "
@@ -364,7 +369,7 @@ class _Look:
         if not files:
             return self._weights_to_come()
         try:
-            _check_weights(folder)
+            check_weights(folder)
             index = folder / INDEX
             if "model.safetensors" in files or not index.is_file():
                 wanted = {"model.safetensors"} & files or files
@@ -392,14 +397,8 @@ class _Look:
 
     def _weights_to_come(self) -> Tensors:
         """There are none: an error of a folder, while those of a hub's model can be fetched."""
-        pickled = (
-            f"{self.source} has no weights in safetensors. Pickled ones can run code when loaded; "
-            'if you trust them, convert them once: python -c "from transformers import '
-            f"AutoModelForCausalLM as M; M.from_pretrained('{self.source}', use_safetensors=False)"
-            ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files there"
-        )
         if self.where == "folder":
-            self._error(pickled)
+            self._error(pickled(self.source))
         elif self.where == "hub":
             from huggingface_hub import get_safetensors_metadata
             from huggingface_hub.errors import NotASafetensorsRepoError
@@ -412,7 +411,7 @@ class _Look:
                     for key, each in file.tensors.items()
                 }
             except NotASafetensorsRepoError:
-                self._error(pickled)
+                self._error(pickled(self.source))
             except Exception as error:  # of many kinds from the net
                 self._warn(f"the hub does not say how large {self.source} is ({error})")
         else:
@@ -443,7 +442,7 @@ class _Look:
             self._error(f"{CONFIG} of {self.source} cannot be read ({error}): copy it again")
             return
         try:
-            _check_weights(folder)
+            check_weights(folder)
             self.tensors = _header(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
         except (OSError, ValueError) as error:
             self._error(str(error))
@@ -569,7 +568,7 @@ def _find(
     what is not in the cache only that it was not found.
     """
     try:
-        _check_folder(name)
+        check_folder(name)
     except ValueError as error:
         return "", None, Problem("error", str(error), here=True)
     if Path(name).is_dir():

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dlf_ray.config import ModelSpec
+from dlf_ray.plans import ALL
 
 NOWHERE = "there is no such folder, and the Hugging Face hub did not give it either"
 
@@ -32,7 +33,7 @@ if not sys.stderr.isatty():  # in an actor's log each move of a progress bar wou
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises `ValueError`, saying what to do, where there is none."""
     where = spec.tokenizer or spec.model
-    _check_folder(where)
+    check_folder(where)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where, trust_remote_code=spec.trust_remote_code
@@ -78,21 +79,15 @@ def load_model(spec: ModelSpec) -> Any:
             f"{spec.model} asks for {spec.num_gpus:g} GPUs, but torch sees no CUDA device: set "
             "`num_gpus: 0` in the family file, or install a CUDA build of torch and its driver"
         )
-    _check_folder(spec.model)
+    check_folder(spec.model)
     if adapter := find_adapter_config_file(spec.model):
         return _load_adapter(spec, Path(adapter))
     folder = Path(spec.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a model saved by transformers")
-    pickled = (
-        f"{spec.model} has no weights in safetensors. Pickled ones can run code when loaded; if "
-        'you trust them, convert them once: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{spec.model}', use_safetensors=False)"
-        ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files there"
-    )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise ValueError(pickled)
-    _check_weights(folder)
+        raise ValueError(pickled(spec.model))
+    check_weights(folder)
     too_large = (
         f"{spec.model} does not fit in the memory of its {spec.num_gpus:g} GPUs: raise `num_gpus` "
         "in the family file, or set `dtype: bfloat16`"
@@ -114,7 +109,7 @@ def load_model(spec: ModelSpec) -> Any:
             "download or copy it again"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = pickled if "safetensors" in str(error) else error
+        reason = pickled(spec.model) if "safetensors" in str(error) else error
         where = "" if folder.is_dir() else f" ({NOWHERE})" if isinstance(error, OSError) else ""
         raise ValueError(f"{spec.model} could not be loaded{where}: {reason}") from error
     model, loading = loaded
@@ -134,7 +129,7 @@ def _load_adapter(spec: ModelSpec, adapter: Path) -> Any:
     base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"{spec.model} is an adapter of {base}: pip install peft to load it")
-    _check_weights(Path(spec.model))
+    check_weights(Path(spec.model))
     if not base:
         raise ValueError(f"{adapter} names no `base_model_name_or_path` to put the adapter on")
     from peft import PeftModel
@@ -147,7 +142,7 @@ def _load_adapter(spec: ModelSpec, adapter: Path) -> Any:
     return merged.merge_and_unload().eval()
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
     """Raises `ValueError` for a file that was cut off, before the others are read for minutes."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -159,9 +154,67 @@ def _check_weights(folder: Path) -> None:
             ) from error
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """Raises `ValueError` for what reads like a folder and is none."""
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path and not path.is_dir():
         raise ValueError(f"{name} is neither a folder nor a model of the Hugging Face hub")
+
+
+def pickled(source: str) -> str:
+    """What to say of a model without weights in safetensors."""
+    return (
+        f"{source} has no weights in safetensors. Pickled ones can run code when loaded; if you "
+        'trust them, convert them once: python -c "from transformers import AutoModelForCausalLM '
+        f"as M; M.from_pretrained('{source}', use_safetensors=False)"
+        ".save_pretrained('NEW_FOLDER')\", and copy the tokenizer's files there"
+    )
+
+
+def folder_of(source: str, patterns: Sequence[str]) -> Path:
+    """A local folder, or where the files of a hub's model are that match one of `patterns`.
+
+    Raises `ValueError` where there is neither.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+    except Exception as error:  # of a name that cannot be a hub's, or of many kinds from the net
+        raise ValueError(f"{source}: {NOWHERE} ({error})") from error
+
+
+def end_tokens(eos: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
+    """What ends a text: as generation is configured, else as the tokenizer says."""
+    found = tokenizer.eos_token_id if eos is None else eos
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def context_of(config: Any) -> int:
+    """Positions that the model was made for."""
+    context = getattr(config, "max_position_embeddings", None) or ALL
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond its original length it turns all positions of a batch at once, other sequences'
+        # and cached ones too.
+        context = rope.get("original_max_position_embeddings") or context
+    return int(context)
+
+
+def windows_of(config: Any, name: str, length: int) -> dict[str, int | None]:
+    """How many positions each kind of layer sees, itself included; None for all of `length`."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # then a window, if there is one, is every layer's
+        kinds = ["full_attention" if window is None else "sliding_attention"]
+    if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise ValueError(
+            f"{name} has layers of type {', '.join(others)}, which a slot cache cannot hold: use a "
+            "model whose layers are all full_attention or sliding_attention"
+        )
+    seen = window if window is not None and window < length else None
+    return {kind: seen if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

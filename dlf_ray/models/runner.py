@@ -19,7 +19,14 @@ from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Description
 from dlf_ray.models.adapters import Adapters, find_adapter, unmixed
 from dlf_ray.models.cache import Indices, Rows, SlotCache
-from dlf_ray.models.loading import digest, load_model, load_tokenizer
+from dlf_ray.models.loading import (
+    context_of,
+    digest,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    windows_of,
+)
 from dlf_ray.models.memory import free_bytes
 from dlf_ray.plans import ALL, Plan
 
@@ -63,9 +70,9 @@ class Runner:
         # Properties there, which walk over the parameters each time.
         self._device, self._dtype = self._model.device, self._model.dtype
         config = self._model.config.get_text_config(decoder=True)
-        self._context = _context(config)
+        self._context = context_of(config)
         self._length = min(max_model_len, self._context)
-        self._windows = _windows(config, self._name, self._length)
+        self._windows = windows_of(config, self._name, self._length)
         self._embedded = int(self._model.get_input_embeddings().weight.shape[0])
         names = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # which is the older
@@ -80,12 +87,10 @@ class Runner:
     def describe(self) -> Description:
         """What the family needs to know of this model before the first step."""
         eos = getattr(self._model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = self._tokenizer.eos_token_id
         return Description(
             vocab=self.vocab,
             tokenizer_digest=digest(self._tokenizer.get_vocab()),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=end_tokens(eos, self._tokenizer),
             context=self._context,
             parameters=sum(p.numel() for p in self._model.parameters()),
             device=str(self._device),
@@ -93,6 +98,7 @@ class Runner:
             cache_bytes_per_position=self._memory[0],
             free_bytes=self._memory[1],
             node=platform.node(),
+            backend="transformers",
         )
 
     @torch.inference_mode()
@@ -414,29 +420,3 @@ def _groups(lengths: Indices) -> list[Indices]:
         groups[-1].append(i)
         tokens += length
     return [np.sort(group) for group in groups]
-
-
-def _context(config: Any) -> int:
-    """Positions that the model was made for."""
-    context = getattr(config, "max_position_embeddings", None) or ALL
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond its original length it turns all positions of a batch at once, other sequences'
-        # and cached ones too.
-        context = rope.get("original_max_position_embeddings") or context
-    return int(context)
-
-
-def _windows(config: Any, name: str, length: int) -> dict[str, int | None]:
-    """How many positions each kind of layer sees, itself included; None for all of `length`."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # then a window, if there is one, is every layer's
-        kinds = ["full_attention" if window is None else "sliding_attention"]
-    if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise ValueError(
-            f"{name} has layers of type {', '.join(others)}, which a slot cache cannot hold: use a "
-            "model whose layers are all full_attention or sliding_attention"
-        )
-    seen = window if window is not None and window < length else None
-    return {kind: seen if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

@@ -22,12 +22,14 @@ import torch
 
 from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Description
-from dlf_ray.models.loading import digest, load_tokenizer
+from dlf_ray.models.loading import context_of, digest, end_tokens, folder_of, load_tokenizer
 from dlf_ray.models.worker import Link, ModelWorker
 from dlf_ray.plans import Plan
 
 OLDEST, NEWER = (0, 32), (0, 34)
 """The releases whose workers are known: from the one on, below the other."""
+ROLLED_BACK = {"full_attention", "sliding_attention", "chunked_attention"}
+"""The kinds of layers that it can take back to an earlier position."""
 RANKS_OF_ADAPTERS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM has kernels for."""
 SHARE = 0.9
@@ -66,7 +68,7 @@ class VllmRunner:
         rank = max((check_adapter(folder, spec.model) for folder in adapters), default=0)
         options = {"enable_lora": True, "max_loras": models, "max_lora_rank": rank} if rank else {}
         config = self._config(spec)
-        self._context = int(config.max_position_embeddings)
+        self._context = context_of(config)
         self._length = min(max_model_len, self._context)
         # What the checkpoint says; left to itself, vLLM makes less of float32.
         own = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
@@ -96,18 +98,16 @@ class VllmRunner:
         except Exception as error:
             raise ValueError(f"vLLM does not take the adapters of {self._name}: {error}") from error
         self._per_position = per_position
-        if self.ranks == 1:
-            self._compare_two_ways()
+        self._compare_two_ways()
 
     def describe(self) -> Description:
         """What the family needs to know of this model before the first step."""
         generation = self._model.try_get_generation_config() or {}
-        eos = generation.get("eos_token_id", self._tokenizer.eos_token_id)
         sizes = self._about["sizes"]
         return Description(
             vocab=self.vocab,
             tokenizer_digest=digest(self._tokenizer.get_vocab()),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_ids=end_tokens(generation.get("eos_token_id"), self._tokenizer),
             context=self._context,
             parameters=self._about["parameters"],
             device=self._about["device"],
@@ -174,7 +174,7 @@ class VllmRunner:
         except (OSError, ValueError) as error:
             raise ValueError(f"{spec.model} has no configuration to load it by: {error}") from error
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if odd := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        if odd := kinds - ROLLED_BACK:
             raise ValueError(
                 f"{spec.model} has layers of kind {sorted(odd)}, which cannot go back to an "
                 "earlier position: it cannot take part in a family"
@@ -185,7 +185,8 @@ class VllmRunner:
 
     def _sizes(self, config: Any, spec: ModelSpec, dtype: str) -> tuple[int, int]:
         """Bytes of all weights, and of the keys and values of a position."""
-        weights = sum(file.stat().st_size for file in Path(spec.model).glob("*.safetensors"))
+        folder = folder_of(spec.model, ["*.safetensors"])  # as vLLM does, to the same place
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         numbers = 2 * config.num_hidden_layers * int(heads) * int(size)

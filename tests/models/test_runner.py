@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from runners import VOCAB, Oracle, Schedule, close, follow, make_plan, runner
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dlf_ray.models.runner import FREE_PADDING, _context, _groups
+from dlf_ray.models.loading import context_of
+from dlf_ray.models.runner import FREE_PADDING, _groups
 from dlf_ray.plans import Plan
 
 
@@ -207,7 +208,7 @@ def test_a_shorter_context_lowers_the_limit(folders):
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 128}
     config = AutoConfig.for_model("llama", max_position_embeddings=512)
     config.rope_parameters = rope
-    assert _context(config) == 128
+    assert context_of(config) == 128
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
