@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +30,7 @@ MAX_WEIGHT = 100.0
 """The size of weights and of bounds: float32 has room for any logits times it."""
 PAPERS_CANDIDATES = 21
 """Those of the paper's grid, which every expert may have however many there are."""
+NOTHING: tuple[object, ...] = (None, False, ())
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -43,6 +44,29 @@ def check_candidates(bounds: Sequence[tuple[float, float]], step: float) -> None
             f"`bounds` and `step` make {count:.3g} candidates; at most {most} are tried: use a "
             "larger `step`, narrower `bounds` or fewer `experts`"
         )
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What shape the answer must have: exactly one of these, by vLLM's names for them."""
+
+    json: str | dict[str, Any] | None = None
+    """A JSON schema, as text or as a mapping."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    """The whole answer matches it."""
+    choice: tuple[str, ...] = ()
+    """The answer is one of these."""
+    grammar: str | None = None
+    """A context-free grammar, in Lark's or GBNF's (llama.cpp's EBNF) notation."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in NOTHING]
+        if len(given) != 1:
+            listed = ", ".join(self.__struct_fields__)
+            raise ValueError(
+                f"`structured_outputs` takes exactly one of {listed}, not {given or 'none'}"
+            )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,6 +105,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     the fused distribution before temperature and penalties."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt but the first."""
+    structured_outputs: StructuredOutputs | None = None
+    """The answer has this shape: tokens that lead out of it have no probability."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
