@@ -28,6 +28,7 @@ from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.sampling import sample
 from dlf_ray.decoding.scheduler import Scheduler
 from dlf_ray.decoding.scheduler import Sequence as Queued
+from dlf_ray.decoding.structured import Grammars
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.local import LocalEngine
@@ -411,8 +412,9 @@ class _Instant:
 def _queued_step(rounds: int, waiting: int) -> float:
     coordinator = Coordinator(
         _Instant(),
-        limits=Limits(dict.fromkeys(("large", "base", *FUSION.experts), 2**20), 64, ()),
+        limits=Limits(dict.fromkeys(("large", "base", *FUSION.experts), 2**20), 64),
         detokenizer=detokenizers(Numbers()),
+        grammars=Grammars(Numbers(), ()),
         engine=EngineConfig(max_num_seqs=64),
     )
     sampling = SamplingParams(max_tokens=2**19, ignore_eos=True)

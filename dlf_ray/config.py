@@ -195,6 +195,9 @@ class EngineConfig(ActorOptions, frozen=True):
     """Tokens that one model computes in one step; longer prompts are cut into chunks."""
     enable_prefix_caching: bool = True
     """Sequences that begin alike start from a copy of what another has computed."""
+    generation_config: Literal["auto", "none"] = "none"
+    """Sampling of requests that say nothing of it: with `auto`, as the large model's
+    generation_config.json recommends."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     placement_timeout_s: float = 60.0
     """How long to wait for resources that others are using, and for nodes that are started."""

@@ -152,6 +152,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
                 raise ValueError(
                     f"`{name}` must be within 0 and {MAX_LOGPROBS}, not {getattr(self, name)}"
                 )
+        if self.ignore_eos and self.structured_outputs is not None:
+            raise ValueError(
+                "`ignore_eos` goes against `structured_outputs`, whose shape includes its end"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ValueError(f"`seed` must be in [0, 2**64), not {self.seed}")
 
@@ -308,6 +312,10 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     name: str
     length: int
     """The tokens that a sequence may have in it."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end a text of it."""
+    unlike: tuple[int, ...] = ()
+    """The ids of the large model's vocabulary that are not in its own."""
     positions: int | None = None
     """Slots x length that its cache has room for, where it is a rectangle and that is known."""
     pool: Pool | None = None
@@ -388,6 +396,8 @@ class Description:
     parameters: int
     device: str
     dtype: str
+    split: tuple[int, ...] = ()
+    """How its tokenizer splits a sample of text; empty if unknown."""
     cache_bytes_per_position: int = 0
     """Of one token's keys and values in all layers; 0 if unknown."""
     free_bytes: int | None = None
@@ -399,6 +409,8 @@ class Description:
     blocks: int = 0
     """How many blocks there are, of all layers together."""
     backend: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint recommends, by the names of `SamplingParams`."""
 
 
 @dataclass(frozen=True)
@@ -408,7 +420,13 @@ class Limits:
     lengths: dict[str, int]
     """For each model that is loaded, large and base first, the tokens a sequence may have in it."""
     vocab: int
-    eos_token_ids: tuple[int, ...]
+    ends: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """For each model, the tokens that end a text."""
+    unlike: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """For each model whose vocabulary is not all the large one's, the ids of that which it gives
+    another meaning, or none: it takes no part in their probability."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Of requests that do not say how they are sampled, by the names of `SamplingParams`."""
     positions: dict[str, int] = field(default_factory=dict)
     """For each model whose cache is a rectangle and whose memory is known: slots x length."""
     pools: dict[str, Pool] = field(default_factory=dict)
@@ -418,8 +436,34 @@ class Limits:
     def experts(self) -> tuple[str, ...]:
         return tuple(name for name in self.lengths if name not in ("large", "base"))
 
-    def having(self, lengths: dict[str, int]) -> Limits:
-        """The limits of the same family with other experts."""
+    @property
+    def every_end(self) -> tuple[int, ...]:
+        """The tokens that end a text of some model."""
+        return tuple(sorted({token for each in self.ends.values() for token in each}))
+
+    def ends_of(self, request: Request) -> frozenset[int]:
+        """The tokens that end a text of one of the models that the request asks for: what else is
+        loaded has no say."""
+        return frozenset(token for name in request.models for token in self.ends.get(name, ()))
+
+    def apart(self, models: Collection[str]) -> tuple[int, ...]:
+        """The ids that not all of some models give the same meaning."""
+        return tuple(sorted({token for name in models for token in self.unlike.get(name, ())}))
+
+    def adding(
+        self, name: str, length: int, ends: tuple[int, ...], unlike: tuple[int, ...]
+    ) -> Limits:
+        """The limits of the same family with one more expert."""
+        return dataclasses.replace(
+            self,
+            lengths={**self.lengths, name: length},
+            ends={**self.ends, name: ends},
+            unlike={**self.unlike, name: unlike},
+        )
+
+    def without(self, name: str) -> Limits:
+        """The limits of the same family without an expert."""
+        lengths = {each: length for each, length in self.lengths.items() if each != name}
         return dataclasses.replace(self, lengths=lengths)
 
     def check_names(self, models: Collection[str]) -> None:

@@ -23,6 +23,7 @@ LIBRARIES = {
     "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},
     "peft": {"bench_backends", "models.adapters", "models.loading"},
     "typer": {"cli"},
+    "llguidance": {"decoding.structured"},
     "datasets": {"evaluation.tasks.data"},
     "rouge_score": {"evaluation.tasks.common"},
     "pyarrow": {"evaluation"},

@@ -46,6 +46,8 @@ ARCHS: Mapping[str, Mapping[str, Any]] = {
     },
     "mistral": {"sliding_window": WINDOW},
     "gpt2": {},
+    "olmo2": {},
+    "granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
 }
 """What each architecture adds to the common settings; the part before `_sliding` is its type."""
 

@@ -23,23 +23,24 @@ from typing import Protocol
 
 import torch
 
-from dlf_ray.config import EngineConfig
+from dlf_ray.config import BASE, LARGE, EngineConfig
 from dlf_ray.decoding.fusion import Fused
 from dlf_ray.decoding.groups import Decided, Group, Kind
 from dlf_ray.decoding.losses import Deaths, Losses, Suspects
-from dlf_ray.decoding.sampling import Penalties, penalised, sample, top_logprobs, uniform
+from dlf_ray.decoding.sampling import Penalties, noise_key, penalised, sample, top_logprobs
 from dlf_ray.decoding.scheduler import Scheduler, Step
 from dlf_ray.decoding.stream import Stream
+from dlf_ray.decoding.structured import Grammars, shaped
 from dlf_ray.decoding.telemetry import Telemetry
 from dlf_ray.decoding.text import Detokenizer, TextStream
 from dlf_ray.errors import sticks
 from dlf_ray.messages import (
+    AddModel,
     Chunk,
     Failed,
     FinishReason,
     Limits,
     Lost,
-    Pool,
     Ready,
     Request,
     Timings,
@@ -82,6 +83,8 @@ class Outcome:
     reason: FinishReason | None
     stop: int | None
     """The stop token that ended it."""
+    silent: bool
+    """The last token is no part of the text, but its end."""
 
 
 class Coordinator:
@@ -93,6 +96,7 @@ class Coordinator:
         *,
         limits: Limits,
         detokenizer: Callable[[Sequence[int]], Detokenizer],
+        grammars: Grammars,
         engine: EngineConfig,
         device: torch.device | str = "cpu",
         metrics: Sink | None = None,
@@ -100,6 +104,7 @@ class Coordinator:
         self.fabric = fabric
         self.limits = limits
         self.detokenizer = detokenizer
+        self.grammars = grammars
         self.device = torch.device(device)
         self.telemetry = Telemetry(metrics)
         self.scheduler = Scheduler(
@@ -114,6 +119,8 @@ class Coordinator:
         self.losses = Losses(self.telemetry.recovered)
         self.sequences: dict[tuple[str, int], Stream] = {}
         self.steps = 0
+        self._ids: tuple[tuple[int, ...], torch.Tensor] | None = None
+        """The ids that some models do not share, and all the others."""
         self._given_up: dict[str, str] = {}
         """Experts that will not come back, and why."""
         self._flight: tuple[Step, list[Group]] | None = None
@@ -139,12 +146,14 @@ class Coordinator:
             raise ValueError(error)
         if (client, request.id) in self.sequences:
             raise ValueError(f"a request of id {request.id} is under way already")
-        seed = request.sampling.seed
+        seed, wanted = request.sampling.seed, request.sampling.structured_outputs
         sequence = Stream(
             request,
             max_new_tokens=self.limits.max_new_tokens(request),
             client=client,
             seed=secrets.randbits(64) if seed is None else seed,
+            ends=self.limits.ends_of(request),
+            shape=None if wanted is None else self.grammars.shape(wanted),
         )
         self.sequences[sequence.key] = sequence
         self.scheduler.add(sequence)
@@ -175,6 +184,7 @@ class Coordinator:
             self.fabric.send(step.plans)
             self._flight = step, self._groups(step)
         self._started(step)
+        self._shape(step)
 
     def finish(self) -> None:
         """Takes the models' logits, and decides the tokens of the step that has begun."""
@@ -238,17 +248,41 @@ class Coordinator:
                 begin = self.detokenizer(prompt)
                 sequence.text = TextStream(begin, stops)
                 sequence.penalties = Penalties.of(
-                    request.sampling, prompt, self.limits.eos_token_ids, self.limits.vocab
+                    request.sampling, prompt, sequence.ends, self.limits.vocab
                 )
         self.telemetry.started(streams)
+
+    def _shape(self, step: Step) -> None:
+        """Finds what may come next where answers have a shape, while the models compute."""
+        for sequence in step.ready:
+            if isinstance(sequence, Stream) and sequence.shape is not None:
+                try:
+                    sequence.shape.prepare()
+                except ValueError as error:
+                    self._fail(sequence, str(error))
 
     def _groups(self, step: Step) -> list[Group]:
         groups: dict[Kind, Group] = {}
         for sequence, count in step.ready.items():
             assert isinstance(sequence, Stream)
             kind = Kind.of(sequence.fusion)
-            groups.setdefault(kind, Group(kind)).owners += [sequence] * count
+            if kind not in groups:
+                groups[kind] = Group(kind, shared=self._shared(kind))
+            groups[kind].owners += [sequence] * count
         return list(groups.values())
+
+    def _shared(self, kind: Kind) -> torch.Tensor | None:
+        """The ids that all models of a fusion give the same meaning; None for all of them."""
+        if not kind.experts:
+            return None
+        apart = self.limits.apart((LARGE, BASE, *kind.experts))
+        if not apart:
+            return None
+        if self._ids is None or self._ids[0] != apart:  # most fusions are of the same models
+            shared = torch.ones(self.limits.vocab, dtype=torch.bool)
+            shared[list(apart)] = False
+            self._ids = apart, shared.nonzero()[:, 0].to(self.device)
+        return self._ids[1]
 
     def _collect(
         self, step: Step, groups: list[Group], clock: Clock
@@ -288,6 +322,9 @@ class Coordinator:
         if len(answer.values):
             self.losses.computed(model)
         values = answer.values[:, : self.limits.vocab].to(self.device)
+        if lacking := self.limits.vocab - values.shape[-1]:  # tokens that it does not know
+            lowest = torch.finfo(values.dtype).min / 2
+            values = torch.nn.functional.pad(values, (0, lacking), value=lowest)
         if not answer.finite.all():
             # Rows are independent, but nothing may trip over a row that is lost already.
             finite = torch.from_numpy(answer.finite.copy()).to(self.device)
@@ -334,13 +371,14 @@ class Coordinator:
         if drawn:
             chosen = [owners[row] for row in drawn]
             params = [sequence.request.sampling for sequence in chosen]
-            draws = [
-                uniform(s.seed, len(s.generated)) if s.request.sampling.temperature > 0 else 0.0
+            keys = [
+                noise_key(s.seed, len(s.generated)) if s.request.sampling.temperature > 0 else 0
                 for s in chosen
             ]
             own = logits if len(drawn) == len(given) else logits[drawn]
             own = penalised(own, [sequence.penalties for sequence in chosen])
-            for row, token in zip(drawn, sample(own, params, draws), strict=True):
+            own = shaped(own, [sequence.shape for sequence in chosen])
+            for row, token in zip(drawn, sample(own, params, keys), strict=True):
                 tokens[row] = token
         decided = Decided(tokens, fused.weights.tolist(), fused.kl.tolist())
         asked = [s.asked(token >= 0) for s, token in zip(owners, given, strict=True)]
@@ -378,28 +416,37 @@ class Coordinator:
             sequence.scored += given
             reason: FinishReason | None = None
             stop: int | None = None
+            silent = False
             if end - begin > given:
-                reason, stop = self._generated(sequence, decided.tokens[end - 1])
+                reason, stop, silent = self._generated(sequence, decided.tokens[end - 1])
             elif not sequence.generates and sequence.scored == len(sequence.request.continuation):
                 reason = "length"
             count, experts = len(sequence.generated), group.kind.experts
             rows = slice(begin, end)
-            outcome = Outcome(decided, rows, experts, given, count, reason, stop)
+            outcome = Outcome(decided, rows, experts, given, count, reason, stop, silent)
             self._news.append((sequence, outcome))
             if reason:
                 self._remove(sequence)
 
-    def _generated(self, sequence: Stream, token: int) -> tuple[FinishReason | None, int | None]:
-        """One more token; whether that ends the text, as far as tokens tell, and which one did."""
+    def _generated(
+        self, sequence: Stream, token: int
+    ) -> tuple[FinishReason | None, int | None, bool]:
+        """One more token; whether that ends the text, as far as tokens tell, which stop token did,
+        and whether it is the end instead of a part of it."""
         sampling = sequence.request.sampling
         sequence.generated.append(token)
         if sequence.penalties:
             sequence.penalties.push(token)
         if len(sequence.generated) >= sampling.min_tokens:
             stop = token if token in sampling.stop_token_ids else None
-            if stop is not None or (token in self.limits.eos_token_ids and not sampling.ignore_eos):
-                return "stop", stop
-        return ("length" if len(sequence.generated) >= sequence.max_new_tokens else None), None
+            if stop is not None or (token in sequence.ends and not sampling.ignore_eos):
+                return "stop", stop, True
+        if sequence.shape is not None:
+            sequence.shape.push(token)
+            if sequence.shape.complete:
+                return "stop", None, False
+        full = len(sequence.generated) >= sequence.max_new_tokens
+        return ("length" if full else None), None, False
 
     def _told(self, sequence: Stream, outcome: Outcome) -> Chunk:
         """What a step means for a client: with the text that is final now, up to a stop string."""
@@ -409,7 +456,7 @@ class Coordinator:
         tokens = tuple(decided.tokens[rows])
         if len(tokens) > outcome.given:
             assert sequence.text is not None
-            if reason != "stop":
+            if not outcome.silent:
                 may_stop = outcome.count >= request.sampling.min_tokens
                 text, met = sequence.text.push(tokens[-1], may_stop=may_stop)
             if met is not None:
@@ -486,16 +533,15 @@ class Coordinator:
         running = self.scheduler.running
         return [each for each in running if each.slot in slots and isinstance(each, Stream)]
 
-    def add_model(
-        self, name: str, length: int, positions: int | None = None, pool: Pool | None = None
-    ) -> None:
+    def add_model(self, added: AddModel) -> None:
         """One more expert, away until the fabric says that it is ready."""
-        self.limits = self.limits.having({**self.limits.lengths, name: length})
+        name = added.name
+        self.limits = self.limits.adding(name, added.length, added.ends, added.unlike)
         self._given_up.pop(name, None)
-        if positions is not None:
-            self.scheduler.slots.positions[name] = positions
-        if pool is not None:
-            self.scheduler.slots.pools[name] = pool
+        if added.positions is not None:
+            self.scheduler.slots.positions[name] = added.positions
+        if added.pool is not None:
+            self.scheduler.slots.pools[name] = added.pool
         self.scheduler.lose(name)
 
     def is_ready(self, name: str) -> bool:
@@ -503,9 +549,7 @@ class Coordinator:
 
     def remove_model(self, name: str) -> bool:
         """Takes no more requests for an expert. False while some are under way."""
-        self.limits = self.limits.having(
-            {each: length for each, length in self.limits.lengths.items() if each != name}
-        )
+        self.limits = self.limits.without(name)
         if any(name in sequence.request.models for sequence in self.sequences.values()):
             return False
         self.scheduler.remove_model(name)

@@ -231,6 +231,20 @@ def weigh(
     return Fused(fused, weights.float(), loss.float(), torch.stack([f, g], -1).float())
 
 
+def widened(fused: Fused, large: Tensor, shared: Tensor) -> Fused:
+    """A fusion over the ids `shared` [S] in the whole vocabulary of `large` [R, V].
+
+    Elsewhere, where models do not mean the same, the large one speaks alone: these tokens keep the
+    probabilities that it gives them, so that constants added to anyone's logits change nothing.
+    """
+    logits = large.float().clone()
+    own = logits[:, shared]
+    total = own.logsumexp(-1)
+    share = (total - logits.logsumexp(-1)).exp()
+    logits[:, shared] = fused.logits + (total - fused.logits.logsumexp(-1))[:, None]
+    return fused._replace(logits=logits, kl=fused.kl * share[:, None])
+
+
 def _check(name: str, value: str, valid: Collection[str]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}: use {', '.join(valid)}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dlf_ray.config import BASE, LARGE
-from dlf_ray.decoding.fusion import Fused, aim, weigh
+from dlf_ray.decoding.fusion import Fused, aim, weigh, widened
 from dlf_ray.decoding.stream import Stream
 from dlf_ray.errors import is_out_of_memory
 from dlf_ray.messages import FusionParams
@@ -41,6 +41,8 @@ class Group:
     """[R]: whose each row is."""
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     """[R, V] of each model, as they arrive."""
+    shared: torch.Tensor | None = None
+    """The ids that its models fuse on, where these are not all: [S]."""
     aims: Aims | None = None
     error: str | None = None
     """Why its rows cannot be fused."""
@@ -69,8 +71,8 @@ class Group:
 
     def _aim(self) -> None:
         self.aims = aim(
-            self.logits[BASE],
-            [self.logits[name] for name in self.kind.experts],
+            self._among_shared(BASE),
+            [self._among_shared(name) for name in self.kind.experts],
             rule=self.kind.rule,
             select=self.kind.select,
             weights=self._numbers("weights") if RULES[self.kind.rule].given else None,
@@ -88,7 +90,9 @@ class Group:
                 self._aim()
             assert self.aims is not None
             steps, bounds = self._numbers("step"), self._numbers("bounds")
-            return weigh(logits, self.aims, rule=self.kind.rule, step=steps, bounds=bounds)
+            own = self._among_shared(LARGE)
+            fused = weigh(own, self.aims, rule=self.kind.rule, step=steps, bounds=bounds)
+            return fused if self.shared is None else widened(fused, logits, self.shared)
         except Exception as error:
             if len(self.owners) == 1 or not is_out_of_memory(error):
                 raise
@@ -97,9 +101,14 @@ class Group:
         halves = [self._part(slice(middle)).fuse(), self._part(slice(middle, None)).fuse()]
         return Fused(*(torch.cat(parts) for parts in zip(*halves, strict=True)))
 
+    def _among_shared(self, model: str) -> torch.Tensor:
+        """A model's logits on the ids that are fused, [R, S]."""
+        logits = self.logits[model]
+        return logits if self.shared is None else logits[:, self.shared]
+
     def _part(self, rows: slice) -> Group:
         logits = {model: each[rows] for model, each in self.logits.items()}
-        return Group(self.kind, self.owners[rows], logits)
+        return Group(self.kind, self.owners[rows], logits, self.shared)
 
     def _numbers(self, name: str) -> Any:
         """A number of each row's fusion, [R, ...]; the bare one where all are equal."""

@@ -1,8 +1,10 @@
 """From a fused distribution to a token.
 
-Randomness is a pure function of (seed, position): a request draws the same tokens whatever else is
-in its batch, and again after a crash, since no generator state has to survive. So a row also takes
-its way through the batch (sorted or not) by its own parameters and logits alone.
+Randomness is a pure function of (seed, position, token id): a request draws the same tokens
+whatever else is in its batch, and again after a crash, since no generator state has to survive.
+Each token has noise of its own, and the one that wins is not moved by what else there is: logits
+that differ in their last digits, as they do between batches, change a draw only where two tokens
+are as near to each other as that, at any temperature.
 """
 
 from __future__ import annotations
@@ -18,11 +20,32 @@ from dlf_ray.messages import SamplingParams
 
 CANDIDATES = 1024
 """The most probable tokens, which nearly always hold all that filters leave."""
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+"""The constants of SplitMix64, in int64."""
 
 
-def uniform(seed: int, position: int) -> float:
-    """One draw from [0, 1) for a position of a sequence (Philox, a counter-based generator)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+def noise_key(seed: int, position: int) -> int:
+    """What the noise of a position of a sequence starts from, within int64 (Philox, a counter-based
+    generator)."""
+    return int(np.random.Philox(key=seed, counter=position).random_raw()) - 2**63
+
+
+def noise(keys: Tensor, ids: Tensor) -> Tensor:
+    """Exponentially distributed noise of each token, float64 [R, N] from int64 keys [R, 1] and
+    token ids [N] or [R, N]: that of token i is made from output i of SplitMix64 (Steele, Lea and
+    Flood 2014) with the key as its seed, in integers that are the same on every device."""
+    state = (ids + 1) * GOLDEN + keys
+    state = (state ^ _shifted(state, 30)) * MIX[0]
+    state = (state ^ _shifted(state, 27)) * MIX[1]
+    state ^= _shifted(state, 31)
+    # the middles of 2^52 equal parts of (0, 1)
+    return _shifted(state, 12).double().add_(0.5).mul_(2.0**-52).log_().neg_()
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """Shifted to the right as if int64 had no sign."""
+    return (numbers >> bits) & (2 ** (64 - bits) - 1)
 
 
 class _Values:
@@ -156,10 +179,11 @@ def top_logprobs(logprobs: Tensor, counts: Sequence[int]) -> list[list[tuple[int
     ]
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
-    """A token per row of float32 `logits` [R, V], by the row's own parameters and draw from [0, 1).
+def sample(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) -> list[int]:
+    """A token per row of float32 `logits` [R, V], by the row's own parameters and `noise_key`.
 
-    Temperature first, then min-p, top-k, and top-p over what is left, as vLLM does.
+    Temperature first, then min-p, top-k, and top-p over what is left, as vLLM does. Of what is left
+    the token with the highest probability / noise is drawn: the Gumbel-max trick, as exponentials.
     """
     tokens: list[int] = logits.argmax(-1).tolist()
     vocab = logits.shape[-1]
@@ -173,14 +197,17 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[flo
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    def take(rows: list[int], drawn: Tensor) -> None:
-        for row, token in zip(rows, drawn.tolist(), strict=True):
+    def drawn(rows: list[int], weights: Tensor, ids: Tensor) -> Tensor:
+        own = torch.tensor([keys[row] for row in rows], device=logits.device)[:, None]
+        return (weights / noise(own, ids)).argmax(-1)
+
+    def take(rows: list[int], chosen: Tensor) -> None:
+        for row, token in zip(rows, chosen.tolist(), strict=True):
             tokens[row] = token
 
     if plain:
-        temperature = column([params[row].temperature for row in plain])
-        at = _drawn(_weights(logits[plain], temperature), column([draws[row] for row in plain]))
-        take(plain, at)
+        weights = _weights(logits[plain], column([params[row].temperature for row in plain]))
+        take(plain, drawn(plain, weights, torch.arange(vocab, device=logits.device)))
     # the few most probable tokens, then all of them for the rows where these were not enough
     for size in sorted({min(CANDIDATES, vocab), vocab}):
         if not filtered:
@@ -194,9 +221,8 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[flo
             top_p=column([each.top_p for each in settings]),
             min_p=column([each.min_p for each in settings]),
         )
-        at = _drawn(weights, column([draws[row] for row in filtered]))
+        chosen = ids.gather(-1, drawn(filtered, weights, ids)[:, None])[:, 0]
         done = enough.tolist()
-        chosen = ids.gather(-1, at[:, None])[:, 0]
         take([row for row, yes in zip(filtered, done, strict=True) if yes], chosen[enough])
         filtered = [row for row, yes in zip(filtered, done, strict=True) if not yes]
     return tokens
@@ -207,17 +233,6 @@ def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
     scaled = logits.double()
     scaled -= scaled.amax(-1, keepdim=True)  # the highest stays finite, however cold
     return scaled.div_(temperature).exp_()
-
-
-def _drawn(weights: Tensor, draw: Tensor) -> Tensor:
-    """Where each row's draw [R, 1] from [0, 1) falls in the distribution of its weights [R, V]:
-    the inverse of the cumulative distribution, unnormalised. [R]"""
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1:]
-    # below the total also when rounded, so that what is found is a token of some weight
-    point = torch.minimum(draw * total, total.nextafter(torch.zeros_like(total)))
-    at = torch.searchsorted(cumulative, point, right=True)
-    return at[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 
 def _filtered(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dlf_ray.decoding.losses import Deaths
 from dlf_ray.decoding.sampling import Penalties
 from dlf_ray.decoding.scheduler import Sequence
+from dlf_ray.decoding.structured import Shape
 from dlf_ray.decoding.text import TextStream
 from dlf_ray.messages import FusionParams
 from dlf_ray.metrics import Span
@@ -25,6 +26,10 @@ class Stream(Sequence):
     """Losses of a model while it computed this."""
     penalties: Penalties | None = None
     """From its first slot on, if anything changes its logits."""
+    ends: frozenset[int] = frozenset()
+    """The tokens that end its text, of the models that it asks for."""
+    shape: Shape | None = None
+    """What its answer has to look like."""
     arrived: float = field(default_factory=time.time)
     started: bool = False
     """Whether it has had a slot yet."""

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dlf_ray.config import EngineConfig, ModelSpec
 from dlf_ray.decoding.coordinator import Coordinator
+from dlf_ray.decoding.structured import Grammars
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.capacity import this_node
 from dlf_ray.engine.sharing import by_models
@@ -186,6 +187,7 @@ class CoordinatorActor:
             by_models(self.hub, workers),
             limits=limits,
             detokenizer=detokenizers(tokenizer),
+            grammars=Grammars(tokenizer, limits.every_end),
             engine=engine,
             device="cuda" if engine.num_gpus else "cpu",
             metrics=RayMetrics(model_name),
@@ -230,9 +232,7 @@ class CoordinatorActor:
                 answer = msgspec.structs.replace(self.coordinator.timings, id=message.id)
                 self.hub.publish(client, answer)
             case AddModel():
-                self.coordinator.add_model(
-                    message.name, message.length, message.positions, message.pool
-                )
+                self.coordinator.add_model(message)
                 self._joining[message.name] = client
                 room = self.hub.add(message.name)
                 self.hub.publish(client, Done(message.name, "added", room))

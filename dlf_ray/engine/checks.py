@@ -139,16 +139,19 @@ def _own(facts: Mapping[str, Facts]) -> Iterator[Problem]:
 
 
 def _agreement(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
-    """Tokenizers that give other ids than the large model's, or the first's that has one."""
-    from dlf_ray.models.loading import vocabulary_difference
+    """Tokenizers that do not go with the large model's, or the first's that has one."""
+    from dlf_ray.models.vocabulary import differences, refusal
 
     known = {name: each.vocabulary for name, each in facts.items() if each.vocabulary}
     first = next(iter(known), None)
     for name, vocabulary in known.items():
         assert first is not None
-        titles = (f"{n} ({family.models[n].source})" for n in (first, name))
-        if difference := vocabulary_difference(known[first], vocabulary, *titles):
-            yield _problem("error", difference, name)
+        titles = tuple(f"{n} ({family.models[n].source})" for n in (first, name))
+        splits = facts[first].split, facts[name].split
+        if why := refusal(known[first], vocabulary, splits, titles):
+            yield _problem("error", why, name)
+        elif told := differences(known[first], vocabulary, titles)[1]:
+            yield _problem("warning", f"{told}; there, the large model speaks alone", name)
 
 
 def _surprises(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
@@ -180,8 +183,7 @@ def _surprises(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
         yield _problem("warning", text)
     elif len(ends) > 1:
         listed = ", ".join(f"{name} {list(each.end_tokens)}" for name, each in whole.items())
-        every = sorted({token for each in ends for token in each})
-        text = f"end tokens differ ({listed}): any of {every} ends a text, whoever it is due to"
+        text = f"end tokens differ ({listed}): those of any model that a request asks for end it"
         yield _problem("warning", text)
 
 

@@ -49,7 +49,8 @@ from dlf_ray.messages import (
     Stop,
     Timings,
 )
-from dlf_ray.models.worker import ModelWorker, check_vocabularies
+from dlf_ray.models.vocabulary import agree
+from dlf_ray.models.worker import ModelWorker
 
 LOAD_RETRIES = 2  # of a worker that is killed while it loads; more would only be killed as well
 LOAD_WORD_S = 30.0  # how often it is said which models are still loading
@@ -139,11 +140,11 @@ class Engine(BaseEngine):
         coordinator = coordinator.options(**placement.options(COORDINATOR)).remote()
         workers, self._actors[COORDINATOR] = dict(self._actors), coordinator
         descriptions = by_model(family, served, self._load(workers))
-        check_vocabularies(family, descriptions, self._vocabulary)
+        unlike = agree(family, descriptions, self._vocabulary)
         first = next(iter(workers))
         large = () if first == LARGE else (family.large,)
         self.tokenizer = self._one(first, workers[first].tokenizer.remote(*large))
-        self.limits = limits_of(family, descriptions)
+        self.limits = limits_of(family, descriptions, unlike)
         opened = coordinator.open.remote(
             served, self.limits, self.tokenizer, family.engine, self._model_name
         )
@@ -245,17 +246,18 @@ class Engine(BaseEngine):
                 actor = self._actors[name] = self._start_worker(placement, name, family)
                 (description,) = self._load({name: actor}).values()
                 descriptions = {**self._descriptions, name: description}
-                check_vocabularies(family, descriptions, self._vocabulary)
-                if description.vocab < self.limits.vocab:
-                    raise ValueError(
-                        f"model {name!r} ({spec.source}) gives {description.vocab} logits, the "
-                        f"family has {self.limits.vocab}"
-                    )
-                limits = limits_of(family, descriptions)
-                length = limits.lengths[name]
+                unlike = agree(family, descriptions, self._vocabulary)
+                limits = limits_of(family, descriptions, unlike)
+                added = AddModel(
+                    name,
+                    limits.lengths[name],
+                    ends=limits.ends[name],
+                    unlike=limits.unlike.get(name, ()),
+                    positions=limits.positions.get(name),
+                    pool=limits.pools.get(name),
+                )
                 asked = True
-                memory = limits.positions.get(name), limits.pools.get(name)
-                self._check_open().send(AddModel(name, length, *memory))
+                self._check_open().send(added)
                 connection = self._finished(name, "added").connection
                 loop = actor.serve.remote(connection, name)
                 self._finished(name, "joined", loop)
@@ -267,7 +269,7 @@ class Engine(BaseEngine):
                 raise
             self._loops[name] = loop
             self._descriptions = descriptions
-            self.limits = self.limits.having({**self.limits.lengths, name: length})
+            self.limits = self.limits.adding(name, added.length, added.ends, added.unlike)
             self.family = family
 
     def remove_expert(self, name: str) -> None:
@@ -291,7 +293,7 @@ class Engine(BaseEngine):
                 experts=_without(family.experts, name),
                 fusion=msgspec.structs.replace(family.fusion, weights=weights),
             )
-            self.limits = limits.having(_without(limits.lengths, name))
+            self.limits = limits.without(name)
             del self._descriptions[name]
             self._check_open().send(RemoveModel(name))
             try:

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeAlias, Unpack
 from rich.progress import track
 
 from dlf_ray.config import LARGE, Family
+from dlf_ray.decoding.structured import grammar
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output, raised
 from dlf_ray.messages import Chunk, FusionParams, Limits, Request, SamplingParams
@@ -62,6 +63,12 @@ class BaseEngine(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def default_sampling(self, **given: Any) -> SamplingParams:
+        """How tokens are drawn where a request does not say: greedily, as in the paper, or with
+        `engine.generation_config: auto` as the large model's checkpoint recommends; with what is
+        `given` on top."""
+        return SamplingParams(**{**self.limits.sampling, **given})
+
     def generate(
         self,
         prompts: Prompts | Sequence[Prompts],
@@ -91,7 +98,7 @@ class BaseEngine(ABC):
         is room.
         """
         params = resolve(self.family, fusion)
-        sampling, trace = sampling or SamplingParams(), fusion.get("trace", False)
+        sampling, trace = sampling or self.default_sampling(), fusion.get("trace", False)
         requests = (
             self._request(f"prompt {number}: ", prompt, sampling, params, trace)
             for number, prompt in enumerate(prompts)
@@ -231,7 +238,8 @@ class BaseEngine(ABC):
         many = _listed(prompts)
         params = resolve(self.family, fusion)
         if sampling is None or isinstance(sampling, SamplingParams):
-            default = SamplingParams() if continuations is None else SamplingParams(max_tokens=0)
+            scores = continuations is not None
+            default = SamplingParams(max_tokens=0) if scores else self.default_sampling()
             sampling = [sampling or default] * len(many)
         for what, given in (("sampling parameters", sampling), ("continuations", continuations)):
             if given is not None and len(given) != len(many):
@@ -279,6 +287,8 @@ class BaseEngine(ABC):
                 trace=trace,
             )
             self.limits.check(request)
+            if sampling.structured_outputs is not None:
+                grammar(sampling.structured_outputs)
         except ValueError as error:
             raise ValueError(where + str(error)) from None
         return request

@@ -42,10 +42,14 @@ def by_model(
     return {name: found[name] for name in family.models if name in found}
 
 
-def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
-    """What the loaded models can take together."""
-    eos = {token for each in descriptions.values() for token in each.eos_token_ids}
+def limits_of(
+    family: Family,
+    descriptions: Mapping[str, Description],
+    unlike: Mapping[str, tuple[int, ...]],
+) -> Limits:
+    """What the loaded models can take together; `unlike`: see `vocabulary.agree`."""
     longest = family.engine.max_model_len
+    first = next(iter(descriptions.values()))  # the large one's, where that is loaded
     lengths = {
         name: min(longest, descriptions[name].context)
         for name in family.models
@@ -53,8 +57,10 @@ def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits
     }
     return Limits(
         lengths=lengths,
-        vocab=min(each.vocab for each in descriptions.values()),
-        eos_token_ids=tuple(sorted(eos)),
+        vocab=first.vocab,
+        ends={name: each.eos_token_ids for name, each in descriptions.items()},
+        unlike=dict(unlike),
+        sampling=first.sampling if family.engine.generation_config == "auto" else {},
         positions=positions_of(family, descriptions, lengths),
         pools=pools_of(family, descriptions, lengths),
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from dlf_ray.config import LARGE, Family
 from dlf_ray.decoding.coordinator import Coordinator
+from dlf_ray.decoding.structured import Grammars
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.checks import check_family
 from dlf_ray.engine.frontend import BaseEngine
@@ -18,7 +19,8 @@ from dlf_ray.engine.output import raised
 from dlf_ray.engine.sharing import by_models
 from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
 from dlf_ray.metrics import Sink
-from dlf_ray.models.worker import ModelWorker, backend_of, check_vocabularies
+from dlf_ray.models.vocabulary import agree
+from dlf_ray.models.worker import ModelWorker, backend_of
 from dlf_ray.plans import Logits, Plan
 
 
@@ -81,13 +83,15 @@ class LocalEngine(BaseEngine):
         workers = {name: _worker(worker, family, name, own[1:]) for name, own in served.items()}
         loaded = {name: each.load() for name, each in workers.items()}
         descriptions = by_model(family, served, loaded)
-        check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
+        owners = {name: worker for worker, models in served.items() for name in models}
+        unlike = agree(family, descriptions, lambda n: workers[owners[n]].tokenizer().get_vocab())
         self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
-        self.limits = limits_of(family, descriptions)
+        self.limits = limits_of(family, descriptions, unlike)
         self.coordinator = Coordinator(
             by_models(LocalFabric(workers), served),
             limits=self.limits,
             detokenizer=detokenizers(self.tokenizer),
+            grammars=Grammars(self.tokenizer, self.limits.every_end),
             engine=family.engine,
             device="cuda" if family.with_gpu_share.engine.num_gpus else "cpu",
             metrics=metrics,

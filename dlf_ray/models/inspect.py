@@ -29,11 +29,13 @@ from dlf_ray.models.loading import (
     check_folder,
     check_weights,
     context_of,
+    end_tokens,
     load_tokenizer,
     pickled,
     windows_of,
 )
 from dlf_ray.models.vllm_runner import ROLLED_BACK, check_adapter, check_version
+from dlf_ray.models.vocabulary import split
 from dlf_ray.models.worker import backend_of
 from dlf_ray.plans import ALL
 
@@ -107,6 +109,8 @@ class Facts:
     tokens: int | None = None
     """Of its tokenizer; an adapter over the family's base has the base's."""
     vocabulary: Mapping[str, int] | None = field(default=None, repr=False)
+    split: tuple[int, ...] = field(default=(), repr=False)
+    """How its tokenizer splits a sample of text."""
     chat_template: str | None = field(default=None, repr=False)
     end_tokens: tuple[int, ...] = ()
     context: int | None = None
@@ -258,6 +262,7 @@ class _Look:
         template: Any = getattr(tokenizer, "chat_template", None)
         eos = tokenizer.eos_token_id
         self.facts["vocabulary"] = tokenizer.get_vocab()
+        self.facts["split"] = split(tokenizer)
         self.facts["tokens"] = len(tokenizer)
         self.facts["chat_template"] = json.dumps(template) if template else None
         self.facts["end_tokens"] = () if eos is None else (int(eos),)
@@ -331,16 +336,15 @@ class _Look:
         self.transformers.append(Problem("error", text))
 
     def _ends(self, folder: Path, text: Any) -> None:
-        """What ends a text: as generation is configured, else as the tokenizer says."""
+        """What ends a text: see `loading.end_tokens`."""
         file = folder / "generation_config.json"
-        eos = getattr(text, "eos_token_id", None)
+        said = [getattr(text, "eos_token_id", None), self.facts.get("end_tokens")]
         if file.is_file():
             try:
-                eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                said.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
             except (ValueError, AttributeError) as error:
                 self._warn(f"{file} cannot be read ({error})")
-        if eos is not None:
-            self.facts["end_tokens"] = (eos,) if isinstance(eos, int) else tuple(eos)
+        self.facts["end_tokens"] = end_tokens(*said)
 
     def _sizes(self, config: Any, text: Any) -> None:
         """The type that it is computed in, and what a position of its cache takes."""

@@ -5,7 +5,6 @@ Weights come from safetensors only, since pickled ones can run code when they ar
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -43,33 +42,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         reason = hint if Path(where).is_dir() else NOWHERE
         raise ValueError(f"{where} gives no tokenizer: {reason} ({error})") from error
     return tokenizer
-
-
-def vocabulary_difference(
-    a: PreTrainedTokenizerBase | Mapping[str, int],
-    b: PreTrainedTokenizerBase | Mapping[str, int],
-    name_a: str,
-    name_b: str,
-) -> str | None:
-    """None if both give the same tokens the same ids, else a sentence on the first difference."""
-    tokens_a, tokens_b = (
-        {i: token for token, i in (v if isinstance(v, Mapping) else v.get_vocab()).items()}
-        for v in (a, b)
-    )
-    for i in sorted(tokens_a.keys() | tokens_b.keys()):
-        if tokens_a.get(i) != tokens_b.get(i):
-            said = [repr(t[i]) if i in t else "nothing" for t in (tokens_a, tokens_b)]
-            return (
-                f"{name_a} ({len(tokens_a)} tokens) and {name_b} ({len(tokens_b)} tokens) do not "
-                f"share a vocabulary: id {i} is {said[0]} in {name_a} and {said[1]} in {name_b}"
-            )
-    return None
-
-
-def digest(vocab: Mapping[str, int]) -> str:
-    """Equal for vocabularies that give the same tokens the same ids."""
-    pairs = sorted((i, token) for token, i in vocab.items())
-    return hashlib.sha256(msgspec.json.encode(pairs)).hexdigest()[:16]
 
 
 def load_model(spec: ModelSpec) -> Any:
@@ -188,10 +160,20 @@ def folder_of(source: str, patterns: Sequence[str]) -> Path:
         raise ValueError(f"{source}: {NOWHERE} ({error})") from error
 
 
-def end_tokens(eos: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
-    """What ends a text: as generation is configured, else as the tokenizer says."""
-    found = tokenizer.eos_token_id if eos is None else eos
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+def end_tokens(*said: int | Sequence[int] | None) -> tuple[int, ...]:
+    """What ends a text, as configuration, generation configuration and tokenizer say together:
+    transformers' `generate` goes by the second, chat checkpoints often rely on the others."""
+    ids = [[each] if isinstance(each, int) else each or [] for each in said]
+    return tuple(sorted({id for some in ids for id in some}))
+
+
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation configuration recommends, by the names of `SamplingParams`; as vLLM reads
+    it, whatever `do_sample` says."""
+    return {name: generation[name] for name in RECOMMENDED if generation.get(name) is not None}
 
 
 def context_of(config: Any) -> int:

@@ -21,13 +21,14 @@ from dlf_ray.models.adapters import Adapters, find_adapter, unmixed
 from dlf_ray.models.cache import Indices, Rows, SlotCache
 from dlf_ray.models.loading import (
     context_of,
-    digest,
     end_tokens,
     load_model,
     load_tokenizer,
+    sampling_of,
     windows_of,
 )
 from dlf_ray.models.memory import free_bytes
+from dlf_ray.models.vocabulary import digest, known, split, stand_in
 from dlf_ray.plans import ALL, Plan
 
 FREE_PADDING = 64
@@ -65,6 +66,7 @@ class Runner:
         found = [find_adapter(each, spec.model) for each in adapters]
         self._name, self._names = spec.model, (spec.model, *adapters)
         self._tokenizer = load_tokenizer(spec)
+        self._instead = stand_in(self._tokenizer)
         self._model = load_model(spec)
         self._adapters = Adapters(self._model, found, spec.model)
         # Properties there, which walk over the parameters each time.
@@ -86,11 +88,13 @@ class Runner:
 
     def describe(self) -> Description:
         """What the family needs to know of this model before the first step."""
-        eos = getattr(self._model.generation_config, "eos_token_id", None)
+        said = (self._model.config.get_text_config(decoder=True), self._model.generation_config)
+        eos = [getattr(each, "eos_token_id", None) for each in said]
         return Description(
             vocab=self.vocab,
             tokenizer_digest=digest(self._tokenizer.get_vocab()),
-            eos_token_ids=end_tokens(eos, self._tokenizer),
+            split=split(self._tokenizer),
+            eos_token_ids=end_tokens(*eos, self._tokenizer.eos_token_id),
             context=self._context,
             parameters=sum(p.numel() for p in self._model.parameters()),
             device=str(self._device),
@@ -99,6 +103,7 @@ class Runner:
             free_bytes=self._memory[1],
             node=platform.node(),
             backend="transformers",
+            sampling=sampling_of(self._model.generation_config.to_diff_dict()),
         )
 
     @torch.inference_mode()
@@ -108,6 +113,7 @@ class Runner:
         Raises `ValueError` for a plan that the model or the state of its slots does not allow;
         nothing has changed then.
         """
+        plan = known(plan, self.vocab, self._instead)
         self._check(plan)
         firsts = np.cumsum(plan.lengths) - plan.lengths
         chunks = np.stack([plan.slots, plan.starts, plan.lengths, plan.wants, firsts]).astype(int)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dlf_ray.models.blocks import Blocks
+from dlf_ray.models.vocabulary import known
 from dlf_ray.models.worker import Link, ModelWorker
 from dlf_ray.plans import Plan
 
@@ -34,15 +35,18 @@ class PlanExtension:
     model_runner: Any
     execute_model: Callable[[Any], Any]
 
-    def dlf_setup(self, slots: int, vocab: int, adapters: Adapters = ()) -> dict[str, Any]:
-        """Before the first plan: how many slots there are, and rows of how many logits are asked
-        for. Returns what there is of blocks, and which model runner it is."""
+    def dlf_setup(
+        self, slots: int, vocab: int, instead: int, adapters: Adapters = ()
+    ) -> dict[str, Any]:
+        """Before the first plan: how many slots there are, rows of how many logits are asked for,
+        and the token that stands for those beyond. Returns what there is of blocks, and which model
+        runner it is."""
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
         runner = self.model_runner
         groups = runner.kv_cache_config.kv_cache_groups
-        self.dlf_vocab = vocab
+        self.dlf_vocab, self.dlf_instead = vocab, instead
         self.dlf_sizes = [group.kv_cache_spec.block_size for group in groups]
         self.dlf_count = int(runner.kv_cache_config.num_blocks)
         # What each slot holds, to be sent again where the runner has to forget it.
@@ -83,6 +87,7 @@ class PlanExtension:
         runner = self.model_runner
         if not len(plan.slots):
             return torch.empty(0, self.dlf_vocab)
+        plan = known(plan, self.dlf_vocab, self.dlf_instead)
         sources = self._dlf_sources(plan)
         try:
             output, names = self._dlf_schedule(plan, sources)

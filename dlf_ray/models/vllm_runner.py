@@ -22,7 +22,8 @@ import torch
 
 from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Description
-from dlf_ray.models.loading import context_of, digest, end_tokens, folder_of, load_tokenizer
+from dlf_ray.models.loading import context_of, end_tokens, folder_of, load_tokenizer, sampling_of
+from dlf_ray.models.vocabulary import digest, split, stand_in
 from dlf_ray.models.worker import Link, ModelWorker
 from dlf_ray.plans import Plan
 
@@ -93,7 +94,7 @@ class VllmRunner:
         loras = [(Path(folder).name or folder, folder) for folder in adapters]
         try:
             self._about = self._llm.collective_rpc(
-                "dlf_setup", args=(self._slots, self.vocab, loras)
+                "dlf_setup", args=(self._slots, self.vocab, stand_in(self._tokenizer), loras)
             )[0]
         except Exception as error:
             raise ValueError(f"vLLM does not take the adapters of {self._name}: {error}") from error
@@ -107,7 +108,12 @@ class VllmRunner:
         return Description(
             vocab=self.vocab,
             tokenizer_digest=digest(self._tokenizer.get_vocab()),
-            eos_token_ids=end_tokens(generation.get("eos_token_id"), self._tokenizer),
+            split=split(self._tokenizer),
+            eos_token_ids=end_tokens(
+                getattr(self._model.hf_text_config, "eos_token_id", None),
+                generation.get("eos_token_id"),
+                self._tokenizer.eos_token_id,
+            ),
             context=self._context,
             parameters=self._about["parameters"],
             device=self._about["device"],
@@ -119,6 +125,7 @@ class VllmRunner:
             block=min(sizes),
             blocks=(self._about["blocks"] - 1) // len(sizes),
             backend="vllm",
+            sampling=sampling_of(generation),
         )
 
     def forward(self, plan: Plan) -> torch.Tensor:

@@ -9,12 +9,12 @@ import importlib.util
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from dlf_ray.config import EngineConfig, Family, ModelSpec
+from dlf_ray.config import EngineConfig, ModelSpec
 from dlf_ray.errors import is_out_of_memory, sticks
 from dlf_ray.messages import Description, Failed
 from dlf_ray.plans import Logits, Plan
@@ -155,21 +155,3 @@ class ModelWorker:
         if out_of_memory:
             self.runner.forget()
         return failed
-
-
-def check_vocabularies(
-    family: Family,
-    descriptions: Mapping[str, Description],
-    vocabulary: Callable[[str], Mapping[str, int]],
-) -> None:
-    """Raises `ValueError`, naming two models and the first difference, unless all are alike.
-
-    Fusion adds logits of one token to logits of the same token: the ids must mean the same.
-    """
-    from dlf_ray.models.loading import vocabulary_difference
-
-    first = next(iter(descriptions))
-    for name, each in descriptions.items():
-        if each.tokenizer_digest != descriptions[first].tokenizer_digest:
-            names = (f"{n} ({family.models[n].source})" for n in (first, name))
-            raise ValueError(vocabulary_difference(vocabulary(first), vocabulary(name), *names))

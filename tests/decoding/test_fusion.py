@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlf_ray.decoding import fusion
-from dlf_ray.decoding.fusion import Fused, aim, fuse, weigh
+from dlf_ray.decoding.fusion import Fused, aim, fuse, weigh, widened
 from dlf_ray.rules import RULES, SELECTS
 
 VECTORS = sorted((TESTS / "vectors").glob("*.json"))
@@ -735,3 +735,42 @@ def test_bad_shapes():
         weigh(large, aims, bounds=torch.tensor([[(0.0, 2.0)] * 2, [(0.0, 1.0), (0.0, 2.0)]]))
     with pytest.raises(ValueError, match="2 rows and 2 experts"):
         aim(base, experts, rule="static", select="paper", weights=torch.ones(3, 2))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(seed=st.integers(0, 999), vocab=st.integers(6, 60), count=st.integers(1, 3))
+def test_what_is_not_shared_is_the_large_models_alone(seed, vocab, count):
+    """The identities hold on the shared part, and its share of the probability stays."""
+    draw = torch.Generator().manual_seed(seed)
+    large, base, *experts = 3 * torch.randn(2 + count, 4, vocab, generator=draw)
+    some = torch.randperm(vocab, generator=draw)[: int(0.8 * vocab)].sort().values
+    other = torch.ones(vocab, dtype=torch.bool)
+    other[some] = False
+
+    def fused(large, base, experts):
+        own = fuse(large[:, some], base[:, some], [each[:, some] for each in experts])
+        return own, widened(own, large, some)
+
+    own, whole = fused(large, base, experts)
+    before, after = large.double().softmax(-1), whole.logits.double().softmax(-1)
+    torch.testing.assert_close(after[:, other], before[:, other], atol=1e-6, rtol=1e-5)
+    inside = own.logits.double().softmax(-1) * before[:, some].sum(-1, keepdim=True)
+    torch.testing.assert_close(after[:, some], inside, atol=1e-6, rtol=1e-5)
+    kl = (after * (after.log() - before.log())).sum(-1)
+    torch.testing.assert_close(whole.kl[:, 0].double(), kl, atol=1e-5, rtol=1e-4)
+
+    # constants change nothing, whoever's they are
+    moved = fused(large + 5, base - 7, [each + 3 for each in experts])[1]
+    torch.testing.assert_close(
+        moved.logits.softmax(-1), whole.logits.softmax(-1), atol=1e-5, rtol=1e-4
+    )
+    # an expert equal to its base leaves the large model, exactly
+    assert fused(large, base, [base] * count)[1].logits.equal(large)
+    # a large model equal to the base becomes the expert
+    one, same = fused(base, base, experts[:1])
+    assert (one.weights == 1).all()
+    follows = experts[0][:, some].double().softmax(-1)
+    mass = base.double().softmax(-1)[:, some].sum(-1, keepdim=True)
+    torch.testing.assert_close(
+        same.logits.double().softmax(-1)[:, some], follows * mass, atol=1e-6, rtol=1e-5
+    )

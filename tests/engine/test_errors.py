@@ -144,7 +144,7 @@ def test_the_coordinator_is_held_to_its_share_too(folder, fractions, monkeypatch
     monkeypatch.setattr(actors, "Coordinator", lambda *_, **settings: settings)
     family = family_of(folder, experts=(), num_gpus=0.2)
     actor = actors.CoordinatorActor()
-    limits = Limits({"large": 8, "base": 8}, 50, ())
+    limits = Limits({"large": 8, "base": 8}, 50)
     actor.open({name: (name,) for name in ("large", "base")}, limits, None, family.engine, "tiny")
     assert fractions == [0.2]
     assert actor.coordinator["device"] == "cuda"

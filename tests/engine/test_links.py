@@ -47,7 +47,7 @@ def hub():
 @pytest.fixture
 def engine(hub, monkeypatch):
     def begin(engine):
-        engine.limits = Limits(dict.fromkeys(engine.family.models, 200), VOCAB, ())
+        engine.limits = Limits(dict.fromkeys(engine.family.models, 200), VOCAB)
         engine._descriptions = dict.fromkeys(engine.family.models)
         engine._link = ClientLink(hub.connection(), engine._receive, engine._link_died)
 

@@ -1,4 +1,4 @@
-"""What the runner loads: vocabularies, adapters, and the errors of what cannot be loaded."""
+"""What the runner loads: adapters, and the errors of what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,31 +12,11 @@ from runners import VOCAB, Oracle, close, make_plan, runner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dlf_ray.config import ModelSpec
-from dlf_ray.models.loading import load_tokenizer
-from dlf_ray.models.loading import vocabulary_difference as difference
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def test_vocabulary_difference():
-    a = {"x": 0, "y": 1, "z": 2}
-    assert difference(a, dict(reversed(a.items())), "large", "base") is None
-    assert difference(a, {"x": 0, "z": 1, "y": 2}, "large", "base") == (
-        "large (3 tokens) and base (3 tokens) do not share a vocabulary: "
-        "id 1 is 'y' in large and 'z' in base"
-    )
-    assert "id 2 is 'z' in large and nothing in math" in str(
-        difference(a, {"x": 0, "y": 1}, "large", "math")
-    )
-
-
-def test_vocabulary_difference_of_tokenizers(folders, tmp_path):
-    here = load_tokenizer(ModelSpec(model=str(folders["llama"])))
-    assert difference(here, tiny.tokenizer(tmp_path, VOCAB), "large", "base") is None
-    assert "id 290" in str(difference(here, tiny.tokenizer(tmp_path, 290), "large", "base"))
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ class Engine:
     def __init__(self, family, tokenizer, context):
         self.family = family
         self.tokenizer = tokenizer
-        self.limits = Limits(dict.fromkeys(family.models, context), 300, (0,))
+        self.limits = Limits(dict.fromkeys(family.models, context), 300)
         self.asked = []
         self.output = Output(finish_reason="length", logprobs=[-1.0], greedy=[True])
 

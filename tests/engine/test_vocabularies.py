@@ -1,0 +1,150 @@
+"""Families whose tokenizers agree on nearly all ids: renamed, added and removed tokens.
+
+They are fused on what all mean alike, and the large model speaks alone elsewhere.
+"""
+
+import logging
+
+import msgspec
+import pytest
+import reference
+import tiny
+import torch
+from conftest import dlf, family_of
+from oracle import Oracle
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dlf_ray import LocalEngine, SamplingParams
+
+WORDS = 297
+OWN = {
+    "large": ("<a>", "<b>", "<c>"),
+    "base": ("<a>", "<b>", "<c>", "<d>"),
+    "renamed": ("<x>", "<b>", "<c>"),
+    "fewer": ("<a>", "<b>"),
+}
+"""The tokens of each model after the words."""
+APART = {"renamed": [297], "fewer": [299]}
+EXPERTS = ("renamed", "fewer")
+
+
+def tokenizer(folder, added, words=WORDS):
+    fast = tiny.tokenizer(folder, words)
+    fast.add_tokens(list(added), special_tokens=True)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("nearly")
+    for seed, (name, added) in enumerate(OWN.items()):
+        tiny.model(root / name, hidden=48 if name == "large" else 32, seed=seed)
+        size = WORDS + len(added)
+        tiny.model(root / name, vocab=size, seed=seed, hidden=48 if name == "large" else 32)
+        tokenizer(root / name, added)
+    return root
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    with LocalEngine(family_of(folder, EXPERTS)) as made:
+        yield made
+
+
+class Nearly(Oracle):
+    """The method on the ids that all models share, in the large model's whole vocabulary."""
+
+    def check_shared(self, prompt, output, experts):
+        assert output.error is None
+        shared = torch.ones(300, dtype=torch.bool)
+        shared[[id for name in experts for id in APART.get(name, ())]] = False
+        known = {"renamed": 300, "fewer": 299}
+        every = []
+        for name in ("large", "base", *experts):
+            limit = known.get(name, 301)
+            unknown = 0  # the end of texts, as it has no token for the unknown
+            own = [id if id < limit else unknown for id in prompt]
+            answer = [id if id < limit else unknown for id in output.token_ids]
+            logits = self.logits(name, own, answer)[:, :300]
+            missing = 300 - logits.shape[-1]
+            every.append(torch.nn.functional.pad(logits, (0, missing)))
+        for at, token in enumerate(output.token_ids):
+            large, base, *rest = (each[at].double() for each in every)
+            answer = reference.fuse(large[shared], base[shared], [each[shared] for each in rest])
+            weights = [output.weights[at][name] for name in experts]
+            assert weights == pytest.approx(answer.weights, abs=1e-3)
+            expected = large.log_softmax(-1)
+            expected[shared] = answer.logprobs + expected[shared].logsumexp(-1)
+            assert expected.max() - expected[token] < 1e-3
+            assert output.logprobs[at] == pytest.approx(float(expected[token]), abs=1e-3)
+            assert expected.exp().sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("experts", [EXPERTS, ("renamed",), ("fewer",)], ids=" ".join)
+def test_they_are_fused_on_what_they_share(engine, folder, experts):
+    oracle = Nearly(folder)
+    prompts = [[5, 297, 8], [298, 299, 60, 61], list(range(40, 60))]
+    sampling = SamplingParams(max_tokens=12, logprobs=0, ignore_eos=True)
+    for prompt, output in zip(
+        prompts, engine.generate(prompts, sampling, experts=experts), strict=True
+    ):
+        oracle.check_shared(prompt, output, experts)
+
+
+def test_the_large_model_speaks_alone_elsewhere(engine):
+    """Lifted by a bias, its own token comes with the probability that it gives it."""
+    how = {"max_tokens": 1, "logit_bias": {299: 100.0}, "logprobs": 0}
+    (fused,) = engine.generate([7, 8, 9], SamplingParams(**how))
+    (alone,) = engine.generate([7, 8, 9], SamplingParams(**how), experts=[])
+    assert fused.token_ids == alone.token_ids == [299]
+    assert fused.text == alone.text
+    assert fused.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_a_model_alone_never_says_what_it_does_not_know(engine):
+    sampling = SamplingParams(max_tokens=200, temperature=100.0, seed=0, ignore_eos=True)
+    (output,) = engine.generate([5, 6], sampling, alone="fewer")
+    assert max(output.token_ids) < 299
+
+
+def test_the_differences_are_told_at_start(folder, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING), LocalEngine(family_of(folder, EXPERTS)):
+        pass
+    told = "\n".join(caplog.messages)
+    assert "1 of 301 ids differ: id 300 is nothing in large" in told
+    assert "'<a>' in large" in told
+    assert "'<x>' in renamed" in told
+    assert "nothing in fewer" in told
+    file = tmp_path / "family.yaml"
+    file.write_bytes(msgspec.yaml.encode(family_of(folder, EXPERTS)))
+    checked = dlf("check", file)
+    assert checked.exit_code == 0, checked.output
+    assert "the large model speaks alone" in " ".join(checked.output.split())
+
+
+def test_too_many_differences_are_refused(folder, tmp_path):
+    tiny.model(tmp_path / "other", vocab=300, seed=5)
+    tokenizer(tmp_path / "other", ("<p>", "<q>", "<r>", "<s>"), words=296)
+    family = family_of(folder, ("fewer",))
+    experts = {"fewer": family_of(tmp_path, ("other",)).experts["other"]}
+    with pytest.raises(ValueError, match=r"do not share a vocabulary: 4 of 300 ids differ: id 296"):
+        LocalEngine(msgspec.structs.replace(family, experts=experts))
+
+
+def test_another_way_to_split_text_is_refused(folder, tmp_path):
+    """The same tokens under the same ids, from other rules: digits one by one."""
+    tiny.model(tmp_path / "digits", vocab=300, seed=5)
+    fast = tokenizer(tmp_path / "digits", OWN["large"])
+    before = fast.backend_tokenizer.pre_tokenizer
+    fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(True), before]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast.backend_tokenizer, eos_token=tiny.EOS
+    ).save_pretrained(tmp_path / "digits")
+    family = family_of(folder, ("fewer",))
+    experts = {"fewer": family_of(tmp_path, ("digits",)).experts["digits"]}
+    with pytest.raises(ValueError, match="split the same text in different ways"):
+        LocalEngine(msgspec.structs.replace(family, experts=experts))
