@@ -433,7 +433,7 @@ def _decoded(scheduler: Scheduler) -> None:
 def _sampled_row(rounds: int, top_p: float) -> float:
     logits = torch.randn(1, 32000, generator=torch.Generator().manual_seed(0))
     params = [SamplingParams(temperature=1.0, top_p=top_p)]
-    return _median(10 * rounds, lambda: _milliseconds(lambda: sample(logits, params, [0.5])))
+    return _median(10 * rounds, lambda: _milliseconds(lambda: sample(logits, params, [1])))
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

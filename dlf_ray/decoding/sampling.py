@@ -45,7 +45,7 @@ def noise(keys: Tensor, ids: Tensor) -> Tensor:
 
 def _shifted(numbers: Tensor, bits: int) -> Tensor:
     """Shifted to the right as if int64 had no sign."""
-    return (numbers >> bits) & (2 ** (64 - bits) - 1)
+    return numbers.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
 
 
 class _Values:
@@ -111,7 +111,7 @@ class Penalties:
 
     @classmethod
     def of(
-        cls, params: SamplingParams, prompt: Sequence[int], end_tokens: Sequence[int], vocab: int
+        cls, params: SamplingParams, prompt: Sequence[int], end_tokens: Collection[int], vocab: int
     ) -> Penalties | None:
         """Those of a request, or None where nothing ever changes its logits.
 

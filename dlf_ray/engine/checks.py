@@ -126,6 +126,10 @@ def _problem(kind: str, text: str, model: str | None = None) -> Problem:
     return Problem("error" if kind == "error" else "warning", text, model)
 
 
+def _title(family: Family, name: str) -> str:
+    return f"{name} ({family.models[name].source})"
+
+
 def _said(family: Family, problem: Problem) -> str:
     if problem.model is None:
         return problem.text
@@ -146,7 +150,7 @@ def _agreement(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
     first = next(iter(known), None)
     for name, vocabulary in known.items():
         assert first is not None
-        titles = tuple(f"{n} ({family.models[n].source})" for n in (first, name))
+        titles = _title(family, first), _title(family, name)
         splits = facts[first].split, facts[name].split
         if why := refusal(known[first], vocabulary, splits, titles):
             yield _problem("error", why, name)

@@ -1,6 +1,6 @@
 """For a while, somebody kills random workers of a trained family while it is being used.
 
-For `DLF_CHAOS_S` seconds (20 unless the environment says more), and until enough have died.
+For `DLF_CHAOS_S` seconds (10 unless the environment says more), and until enough have died.
 """
 
 import os
@@ -16,8 +16,8 @@ from processes import below
 from dlf_ray import Engine, Family, SamplingParams
 from dlf_ray.training import corpus, demo
 
-KILLS_S, KILLS, PAUSE_S = float(os.environ.get("DLF_CHAOS_S", "20")), 5, (0.5, 3.0)
-REQUESTS = 200
+KILLS_S, KILLS, PAUSE_S = float(os.environ.get("DLF_CHAOS_S", "10")), 4, (0.5, 3.0)
+REQUESTS = 120
 HOW = {"rule": "exact", "select": "blend"}
 """Weights that move as little as logits do where batches differ: no candidates could tie."""
 SMALL = demo.Size(hidden=64, layers=2, heads=2, feed_forward=128, steps=100, lr=4e-3)

@@ -4,6 +4,7 @@ They are fused on what all mean alike, and the large model speaks alone elsewher
 """
 
 import logging
+import shutil
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import dlf, family_of
 from oracle import Oracle
 from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dlf_ray import LocalEngine, SamplingParams
 
@@ -25,7 +26,6 @@ OWN = {
     "fewer": ("<a>", "<b>"),
 }
 """The tokens of each model after the words."""
-APART = {"renamed": [297], "fewer": [299]}
 EXPERTS = ("renamed", "fewer")
 
 
@@ -56,20 +56,22 @@ def engine(folder):
 class Nearly(Oracle):
     """The method on the ids that all models share, in the large model's whole vocabulary."""
 
+    known = {"base": 301, "fewer": 299}
+    """How many tokens a model knows, where these are not the large one's 300."""
+    apart = {"renamed": {297}, "fewer": {299}}
+    """The ids that mean something else, or nothing, in a model."""
+
     def check_shared(self, prompt, output, experts):
         assert output.error is None
         shared = torch.ones(300, dtype=torch.bool)
-        shared[[id for name in experts for id in APART.get(name, ())]] = False
-        known = {"renamed": 300, "fewer": 299}
+        shared[[id for name in experts for id in self.apart.get(name, ())]] = False
         every = []
         for name in ("large", "base", *experts):
-            limit = known.get(name, 301)
-            unknown = 0  # the end of texts, as it has no token for the unknown
-            own = [id if id < limit else unknown for id in prompt]
-            answer = [id if id < limit else unknown for id in output.token_ids]
-            logits = self.logits(name, own, answer)[:, :300]
-            missing = 300 - logits.shape[-1]
-            every.append(torch.nn.functional.pad(logits, (0, missing)))
+            most = self.known.get(name, 300)
+            # the end of texts stands for what is unknown, as there is no token for that
+            tokens = [[id if id < most else 0 for id in ids] for ids in (prompt, output.token_ids)]
+            logits = self.logits(name, *tokens)[:, :300]
+            every.append(torch.nn.functional.pad(logits, (0, 300 - logits.shape[-1])))
         for at, token in enumerate(output.token_ids):
             large, base, *rest = (each[at].double() for each in every)
             answer = reference.fuse(large[shared], base[shared], [each[shared] for each in rest])
@@ -91,6 +93,20 @@ def test_they_are_fused_on_what_they_share(engine, folder, experts):
         prompts, engine.generate(prompts, sampling, experts=experts), strict=True
     ):
         oracle.check_shared(prompt, output, experts)
+
+
+def test_models_may_have_fewer_logits_than_tokens(folder, tmp_path):
+    """Some checkpoints leave out rows for tokens that the tokenizer has added since."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "renamed")
+    model.resize_token_embeddings(290)
+    model.save_pretrained(tmp_path / "renamed")
+    oracle = Nearly(tmp_path)
+    oracle.known = {**oracle.known, "renamed": 290}
+    oracle.apart = {"renamed": range(290, 300)}
+    with LocalEngine(family_of(tmp_path, ("renamed",))) as engine:
+        (output,) = engine.generate([5, 294, 6], SamplingParams(max_tokens=9, logprobs=0))
+    oracle.check_shared([5, 294, 6], output, ("renamed",))
 
 
 def test_the_large_model_speaks_alone_elsewhere(engine):

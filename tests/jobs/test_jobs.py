@@ -17,7 +17,7 @@ from processes import BIN, PATIENCE_S, ROOT, end, free_port, one_at_a_time, sett
 from dlf_ray.evaluation.results import read
 from dlf_ray.evaluation.statistics import summary
 
-ITEMS = 100  # enough for the kill to come well before the end
+ITEMS = 40  # enough for the kill to come well before the end
 
 
 @pytest.fixture(scope="module")

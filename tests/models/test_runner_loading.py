@@ -11,8 +11,6 @@ import torch
 from runners import VOCAB, Oracle, close, make_plan, runner
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dlf_ray.config import ModelSpec
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -25,33 +25,23 @@ QUESTIONS = (
     "Grüße! Antworte auf Deutsch: Wie heißt du?",
     "Reply with one emoji.",
 )
-SCENES = (
-    (
-        "A man is sitting on a roof. He",
-        (
-            " is using wrap to wrap a pair of skis.",
-            " is ripping level tiles off.",
-            " is holding a rubik's cube.",
-            " starts pulling up roofing on a roof.",
-        ),
+SCENES = {
+    "A man is sitting on a roof. He": (
+        " is using wrap to wrap a pair of skis.",
+        " is ripping level tiles off.",
+        " is holding a rubik's cube.",
+        " starts pulling up roofing on a roof.",
     ),
-    (
-        "A lady walks to a barbell. She bends down and grabs the pole. The lady",
-        (
-            " swings and lands in her arms.",
-            " pulls the barbell forward.",
-            " stands and lifts the weight over her head.",
-        ),
+    "A lady walks to a barbell. She bends down and grabs the pole. The lady": (
+        " swings and lands in her arms.",
+        " pulls the barbell forward.",
+        " stands and lifts the weight over her head.",
     ),
-    (
-        "Two women in a child are shown in a canoe while a man pulls the canoe while standing in the "
-        "water, with other individuals visible in the background. The child and a different man",
-        (
-            " are then shown paddling down a river in a boat.",
-            " sit in a canoe while the man paddles.",
-        ),
+    "Two women are shown in a canoe while a man pulls it through the water. The child": (
+        " is then shown paddling down a river in a boat.",
+        " sits in the canoe while the man paddles.",
     ),
-)
+}
 """A context and its endings, as in HellaSwag."""
 SCHEMA = {
     "type": "object",
@@ -129,7 +119,7 @@ def test_chat_answers_are_transformers_own(client, expected, model):
 
 @pytest.fixture(scope="module")
 def pairs():
-    found = [(context, ending) for context, endings in SCENES for ending in endings]
+    found = [(context, ending) for context, endings in SCENES.items() for ending in endings]
     if "DLF_EVAL_DATA" in os.environ:
         items = get_task("arc_easy").load(os.environ["DLF_EVAL_DATA"], limit=8).items
         found += [(item.full_prompt, choice) for item in items for choice in item.choices]
