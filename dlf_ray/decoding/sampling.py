@@ -10,7 +10,7 @@ are as near to each other as that, at any temperature.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from dlf_ray.messages import SamplingParams
 
 CANDIDATES = 1024
 """The most probable tokens, which nearly always hold all that filters leave."""
+CACHED = 2**16
+"""Logits that a CPU works on together, so that what is made of them stays in its cache."""
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 """The constants of SplitMix64, in int64."""
@@ -36,16 +38,20 @@ def noise(keys: Tensor, ids: Tensor) -> Tensor:
     token ids [N] or [R, N]: that of token i is made from output i of SplitMix64 (Steele, Lea and
     Flood 2014) with the key as its seed, in integers that are the same on every device."""
     state = (ids + 1) * GOLDEN + keys
-    state = (state ^ _shifted(state, 30)) * MIX[0]
-    state = (state ^ _shifted(state, 27)) * MIX[1]
-    state ^= _shifted(state, 31)
+    shifted = torch.empty_like(state)
+
+    def mix(bits: int) -> None:  # state ^ (state >> bits), as if int64 had no sign
+        torch.bitwise_right_shift(state, bits, out=shifted)
+        state.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - bits) - 1))
+
+    mix(30)
+    state.mul_(MIX[0])
+    mix(27)
+    state.mul_(MIX[1])
+    mix(31)
+    parts = state.bitwise_right_shift_(12).bitwise_and_(2**52 - 1)
     # the middles of 2^52 equal parts of (0, 1)
-    return _shifted(state, 12).double().add_(0.5).mul_(2.0**-52).log_().neg_()
-
-
-def _shifted(numbers: Tensor, bits: int) -> Tensor:
-    """Shifted to the right as if int64 had no sign."""
-    return numbers.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
+    return parts.double().add_(0.5).mul_(2.0**-52).log_().neg_()
 
 
 class _Values:
@@ -168,6 +174,11 @@ def penalised(logits: Tensor, penalties: Sequence[Penalties | None]) -> Tensor:
     return changed
 
 
+def _batched(rows: list[int], size: int) -> Iterator[list[int]]:
+    """The rows, at most `size` at a time."""
+    return (rows[at : at + size] for at in range(0, len(rows), size))
+
+
 def top_logprobs(logprobs: Tensor, counts: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row of log-probabilities [R, V], its `counts[row]` highest with their tokens."""
     if not (most := max(counts, default=0)):
@@ -205,9 +216,11 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]
         for row, token in zip(rows, chosen.tolist(), strict=True):
             tokens[row] = token
 
-    if plain:
-        weights = _weights(logits[plain], column([params[row].temperature for row in plain]))
-        take(plain, drawn(plain, weights, torch.arange(vocab, device=logits.device)))
+    every = torch.arange(vocab, device=logits.device)
+    size = len(plain) if logits.is_cuda else CACHED // vocab
+    for rows in _batched(plain, max(1, size)):
+        weights = _weights(logits[rows], column([params[row].temperature for row in rows]))
+        take(rows, drawn(rows, weights, every))
     # the few most probable tokens, then all of them for the rows where these were not enough
     for size in sorted({min(CANDIDATES, vocab), vocab}):
         if not filtered:

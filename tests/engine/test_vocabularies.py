@@ -5,6 +5,7 @@ They are fused on what all mean alike, and the large model speaks alone elsewher
 
 import logging
 import shutil
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -56,9 +57,9 @@ def engine(folder):
 class Nearly(Oracle):
     """The method on the ids that all models share, in the large model's whole vocabulary."""
 
-    known = {"base": 301, "fewer": 299}
+    known: ClassVar = {"base": 301, "fewer": 299}
     """How many tokens a model knows, where these are not the large one's 300."""
-    apart = {"renamed": {297}, "fewer": {299}}
+    apart: ClassVar = {"renamed": {297}, "fewer": {299}}
     """The ids that mean something else, or nothing, in a model."""
 
     def check_shared(self, prompt, output, experts):
