@@ -23,6 +23,7 @@ from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec
 from dlf_ray.models import gguf
 from dlf_ray.models.adapters import (
     CONFIG,
+    HEADS,
     WEIGHTS,
     check_peft,
     config_of,
@@ -231,7 +232,8 @@ class _Look:
 
     def _place(self, config: Any) -> None:
         """Whether every weight of the architecture is there, and has a use."""
-        if self.quick or self.quantized or not self.tensors:
+        wrong = any(each.kind == "error" for each in (*self.common, *self.transformers))
+        if self.quick or self.quantized or wrong or not self.tensors:
             return
         told = placed(config, self.tensors)
         if problem := told and weights_problem(self.source, told):
@@ -415,6 +417,8 @@ class _Look:
         )
         for name, weight in weights.items():
             own = sorted(modules[name].values())
+            if weight is None and name.split(".")[-1] in HEADS:
+                continue  # tied to the input embeddings
             if weight is None:
                 return self._error(f"{misfit}; {name}, which it changes, is not there")
             if len(own) == 2 and own != sorted(weight.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -61,7 +62,6 @@ OTHERS = {
     "FourierFT": lambda: peft.FourierFTConfig(n_frequency=20, target_modules=ATTENTION),
     "ROAD": lambda: peft.RoadConfig(group_size=4, target_modules=ATTENTION),
     "tokens only": lambda: peft.TrainableTokensConfig(token_indices=[3, 7, 14]),
-    "X-LoRA": lambda: peft.XLoraConfig(hidden_size=32, adapters={}),
     "a layer twice": lambda: lora(layer_replication=[[0, 2], [1, 2]]),
     "after some tokens": lambda: lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
     "PiSSA": lambda: lora(init_lora_weights="pissa"),
@@ -89,7 +89,7 @@ def save(base, config, folder, **options):
     """An adapter that changes what it can."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, copy.deepcopy(config))
     with torch.no_grad():
         for weight in adapted.parameters():
             if weight.requires_grad and weight.is_floating_point():
@@ -173,9 +173,19 @@ def test_learned_prompts(bases, tmp_path, kind):
     assert words in checked(spec)
 
 
+@pytest.mark.parametrize("kind", ["XLORA", "POLY"])
+def test_another_change_for_each_text(bases, tmp_path, kind):
+    folder = save(bases[False], lora(), tmp_path)
+    file = folder / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": kind}))
+    words = refusal(ModelSpec(model=str(folder)))
+    assert f"of type {kind}, another change for each text, which cannot be merged" in words
+    assert words in checked(ModelSpec(model=str(folder)))
+
+
 @pytest.mark.parametrize("other", [{"hidden": 64}, {"layers": 1}, {"layers": 3}, {"arch": "gpt2"}])
 def test_another_base(bases, tmp_path, other):
-    folder = save(bases[False], lora(target_modules="all-linear"), tmp_path / "adapter")
+    folder = save(bases[False], lora(target_modules=[*ATTENTION, "up_proj"]), tmp_path / "adapter")
     base = tiny.model(tmp_path / "base", **other)
     spec = ExpertSpec(model=str(base), adapter=str(folder))
     assert f"the adapter {folder} does not fit {base}" in refusal(spec)
@@ -186,7 +196,7 @@ def test_another_base(bases, tmp_path, other):
 def test_weights_that_do_not_match(bases, tmp_path, kind, change):
     folder = save(bases[False], MERGED[kind], tmp_path)
     weights = load_file(folder / WEIGHTS)
-    key = sorted(key for key in weights if "q_proj" not in key)[0]
+    key = sorted(key for key in weights if "base_layer" not in key)[0]
     if change == "one less":
         del weights[key]
     else:
