@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +26,17 @@ Backend = Literal["auto", "transformers", "vllm"]
 
 LOGITS_BYTES = 2**25
 """Of one model in one step."""
+PATHS = ("model", "tokenizer", "adapter")
+"""The fields of a model that may name a folder or a file, relative to the family file."""
 LARGE, BASE = "large", "base"
 """The fixed names of two models of every family; all other names are experts."""
 GPU_SHARE = 0.1
 """What the coordinator takes of the large model's GPU, unless the file says what it has."""
+
+
+def is_gguf(source: str) -> bool:
+    """Whether what stands for a model, or for a tokenizer, is a GGUF file."""
+    return source.lower().endswith(".gguf")
 
 
 def check_bounds(bounds: tuple[float, float]) -> None:
@@ -90,14 +98,14 @@ class ModelSpec(ActorOptions, frozen=True, kw_only=True):
     """One causal language model of the Hugging Face kind, and what its actor may use."""
 
     model: str
-    """A local folder (relative to the family file) or a Hugging Face hub id."""
+    """A local folder (relative to the family file), a Hugging Face hub id, or a GGUF file."""
     num_gpus: float = 0
     """GPUs; 0 runs on CPU, a fraction shares one, more than 1 spreads a model's layers. A process
     is held to its share of the memory."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not beside the weights."""
     dtype: DType = "auto"
-    """`auto` is what the checkpoint says."""
+    """`auto` is what the checkpoint says; float32 for a GGUF file whose weights are packed."""
     trust_remote_code: bool = False
     backend: Backend | None = None
     """What computes it; the engine's if not given."""
@@ -106,6 +114,10 @@ class ModelSpec(ActorOptions, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in PATHS:  # of this user, wherever the actor runs
+            value = getattr(self, name, None)
+            if value and value.startswith("~"):
+                msgspec.structs.force_setattr(self, name, os.path.expanduser(value))
         _check_gpus(self.num_gpus)
         self._check_source()
 
@@ -125,7 +137,8 @@ class ExpertSpec(ModelSpec, frozen=True):
     model: str = ""
     adapter: str | None = None
     """Instead of `model`: a LoRA adapter over the base. It is computed by the base's worker, in one
-    batch with the base and its other adapters, over one copy of the weights."""
+    batch with the base and its other adapters, over one copy of the weights. Beside `model`: an
+    adapter that is merged into a copy of that model, in a worker of its own."""
     bounds: tuple[float, float] = (0.0, 2.0)
 
     def __post_init__(self) -> None:
@@ -137,11 +150,19 @@ class ExpertSpec(ModelSpec, frozen=True):
             return super()._check_source()
         if not self.adapter:
             raise ValueError("`adapter` is empty: give a local folder or a hub id")
+        if self.model:
+            return
         for name, default in _defaults(type(self)).items():
             if name not in ("adapter", "bounds") and getattr(self, name) != default:
                 raise ValueError(
-                    f"`{name}` is the base's, whose worker computes the adapter: leave it out"
+                    f"`{name}` is the base's, whose worker computes the adapter: leave it out, or "
+                    "name the base as `model` for a worker of its own"
                 )
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether it is an adapter that the base's worker computes."""
+        return self.adapter is not None and not self.model
 
     @property
     def source(self) -> str:
@@ -260,7 +281,7 @@ class Family(_Section, frozen=True):
     def workers(self) -> dict[str, tuple[str, ...]]:
         """The models that each worker serves, by its name, which is that of the first: adapters are
         served with the base."""
-        adapters = tuple(name for name, spec in self.experts.items() if spec.adapter is not None)
+        adapters = tuple(name for name, spec in self.experts.items() if spec.shares_base)
         own = {name: (name,) for name in self.models if name not in adapters}
         return {**own, BASE: (BASE, *adapters)}
 
@@ -313,13 +334,11 @@ class Family(_Section, frozen=True):
 
     def _resolved(self, folder: Path) -> Family:
         def resolve(spec: Any) -> Any:
-            def path(value: str | None) -> str | None:
-                local = folder / value if value else None
-                return str(local.resolve()) if local and local.exists() else value
+            def path(value: str) -> str:
+                local = folder / value
+                return str(local.resolve()) if local.exists() else value
 
-            own = {name: path(getattr(spec, name)) for name in ("model", "tokenizer")}
-            if getattr(spec, "adapter", None):
-                own["adapter"] = path(spec.adapter)
+            own = {name: path(getattr(spec, name)) for name in PATHS if getattr(spec, name, None)}
             return msgspec.structs.replace(spec, **own)
 
         return msgspec.structs.replace(

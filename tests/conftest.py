@@ -19,6 +19,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import numpy as np
 import pytest
+import smollm2 as real
 import tiny
 import torch
 import workers
@@ -69,6 +70,12 @@ def folders(tmp_path_factory):
     """A tiny model of each architecture."""
     root = tmp_path_factory.mktemp("models")
     return {arch: tiny.model(root / arch, arch, vocab=300) for arch in tiny.ARCHS}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """A folder with a real chat model: SmolLM2-135M-Instruct. Skips where its file is not here."""
+    return real.save(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="session")

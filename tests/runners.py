@@ -17,9 +17,9 @@ zeros) differ by some 1e-6 each, and grow a little with every layer; a wrong mas
 moves logits by 1e-1 and more."""
 
 
-def runner(folder, slots=4, length=64, **spec) -> Runner:
+def runner(folder, slots=4, length=64, kind=ModelSpec, **spec) -> Runner:
     return Runner(
-        ModelSpec(model=str(folder), **spec),
+        kind(model=str(folder), **spec),
         max_num_seqs=slots,
         max_model_len=length,
         max_num_batched_tokens=256,

@@ -86,6 +86,28 @@ def test_local_folders_are_relative_to_the_file(tmp_path):
     assert family.base.model == "org/small"  # no such folder: a hub id
 
 
+def test_the_home_folder_may_stand_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = {"model": "~/a", "tokenizer": "~/b"}
+    experts = {"x": {"adapter": "~/c"}, "y": {"model": "~/d", "adapter": "~/e"}}
+    family = Family.from_dict({"large": home, "base": home, "experts": experts})
+    assert (family.large.model, family.base.tokenizer) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    x, y = family.experts.values()
+    assert (x.adapter, y.model, y.adapter) == tuple(f"{tmp_path}/{name}" for name in "cde")
+
+
+def test_an_adapter_with_a_base_of_its_own_is_a_worker(tmp_path):
+    alone = {"adapter": "some/adapter", "model": "some/base", "num_gpus": 0.2, "dtype": "float16"}
+    experts = {"x": {"adapter": "some/adapter"}, "y": alone}
+    family = Family.from_dict({"large": M, "base": M, "experts": experts})
+    assert family.workers == {"large": ("large",), "base": ("base", "x"), "y": ("y",)}
+    assert [each.shares_base for each in family.experts.values()] == [True, False]
+    with pytest.raises(ValueError, match=r"`dtype` is the base's.*or name the base as `model`"):
+        Family.from_dict(
+            {"large": M, "base": M, "experts": {"x": {"adapter": "a/b", "dtype": "float16"}}}
+        )
+
+
 def test_the_digest_tells_families_apart():
     other = {**GOOD, "fusion": {"step": 0.05}}
     assert Family.from_dict(GOOD).digest == Family.from_dict(GOOD).digest

@@ -21,6 +21,7 @@ LIBRARIES = {
     "zmq": {"bench", "engine.transport"},
     "transformers": {"bench_backends", "models", "training.demo", "training.train"},
     "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},
+    "gguf": {"models.gguf"},
     "peft": {"bench_backends", "models.adapters", "models.loading"},
     "typer": {"cli"},
     "llguidance": {"decoding.structured"},

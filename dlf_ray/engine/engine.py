@@ -229,7 +229,7 @@ class Engine(BaseEngine):
             self._check_open()
             if name in self.family.models:
                 raise ValueError(f"the family has a model {name!r} already")
-            if spec.adapter is not None:
+            if spec.shares_base:
                 raise ValueError(
                     f"{name!r}: an `adapter` is loaded with its base; to add it to a family that "
                     "runs, give it as `model`, which loads it merged"
@@ -284,7 +284,7 @@ class Engine(BaseEngine):
             family, limits = self.family, self.limits
             if name not in family.experts:
                 raise ValueError(f"no expert {name!r} in the family; it has {list(family.experts)}")
-            if family.experts[name].adapter is not None:
+            if family.experts[name].shares_base:
                 raise ValueError(f"{name!r} is an adapter, which starts and ends with its base")
             loop = self._loops.pop(name, None)  # first, so that its end is not taken for a death
             weights = _without(family.fusion.weights, name)

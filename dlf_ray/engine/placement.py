@@ -126,7 +126,7 @@ def settled(family: Family, copies: int = 1, beside: float = 0.0) -> Family:
         large=_with_cpus(family.large, cpus),
         base=_with_cpus(family.base, cpus),
         experts={
-            name: each if each.adapter is not None else _with_cpus(each, cpus)
+            name: each if each.shares_base else _with_cpus(each, cpus)
             for name, each in family.experts.items()
         },
         engine=_with_cpus(family.engine, cpus),

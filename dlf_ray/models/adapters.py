@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from dlf_ray.models.loading import folder_of
+from dlf_ray.models.files import Tensors, check_weights, folder_of, header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 UNMIXED = (
     *("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "use_bdlora", "use_qalora", "kasa_config"),
@@ -50,10 +50,9 @@ def find_adapter(source: str, base: str) -> Adapter:
 
     Raises `ValueError`, saying what to do, where it is none, or one that needs a model of its own.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f'the adapter {source} needs peft: pip install "dlf_ray[adapters]"')
+    check_peft(source)
     folder = folder_of(source, [CONFIG, WEIGHTS])
-    config = _config(source, folder)
+    config = config_of(source, folder)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise unmixed(source, f"is of type {kind}, not LORA")
@@ -63,13 +62,18 @@ def find_adapter(source: str, base: str) -> Adapter:
         raise unmixed(source, f"has biases of its own (`bias: {bias}`)")
     if (init := config.get("init_lora_weights", True)) not in INITS:
         raise unmixed(source, f"changes its base (`init_lora_weights: {init}`)")
-    for key in _keys(source, folder):
-        if not re.search(r"\.lora_[AB]\.(weight|bias)$", key) or key.split(".")[-3] in HEADS:
+    for key in tensors_of_adapter(source, folder):
+        if outside(key):
             raise unmixed(source, f"has {key}, and so changes more than the layers between")
     trained_over = str(config.get("base_model_name_or_path") or "a base that it does not name")
     if Path(trained_over).name != Path(base).name:
         log.warning("the adapter %s was trained over %s, not over %s", source, trained_over, base)
     return Adapter(source, folder, trained_over)
+
+
+def outside(key: str) -> bool:
+    """Whether a weight of an adapter is not LoRA's, or not of a layer between the embeddings."""
+    return not re.search(r"\.lora_[AB]\.(weight|bias)$", key) or key.split(".")[-3] in HEADS
 
 
 def unmixed(source: str, why: str) -> ValueError:
@@ -106,7 +110,7 @@ class Adapters:
                 )
             except torch.OutOfMemoryError:
                 raise
-            except (OSError, TypeError, ValueError, RuntimeError) as error:
+            except (OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
                 raise ValueError(f"{misfit} ({error})") from error
             if read.missing_keys or read.unexpected_keys:
                 key = [*read.missing_keys, *read.unexpected_keys][0]
@@ -128,7 +132,14 @@ class Adapters:
         return args, {**kwargs, "adapter_names": self._rows}
 
 
-def _config(source: str, folder: Path) -> Mapping[str, Any]:
+def check_peft(source: str) -> None:
+    """Raises `ValueError` where what adapters need is not here."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(f'the adapter {source} needs peft: pip install "dlf_ray[adapters]"')
+
+
+def config_of(source: str, folder: Path) -> Mapping[str, Any]:
+    """What an adapter says of itself. Raises `ValueError` for what is none."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,20 +147,22 @@ def _config(source: str, folder: Path) -> Mapping[str, Any]:
         raise ValueError(f"{source} has no {CONFIG}, so it is no adapter: {hint}") from None
     except ValueError as error:
         raise ValueError(f"{CONFIG} of {source} is not JSON ({error}): copy it again") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG} of {source} holds no settings: copy it again")
+    return config
 
 
-def _keys(source: str, folder: Path) -> list[str]:
-    """The names of its weights, of which none is read."""
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return list(file.keys())
-    except FileNotFoundError:
+def tensors_of_adapter(source: str, folder: Path) -> Tensors:
+    """Its weights, of which none is read. Raises `ValueError` where there are none in safetensors,
+    or not whole."""
+    if (folder / WEIGHTS).is_file():
+        check_weights(folder)
+        return header(folder / WEIGHTS)
+    if (folder / PICKLED).is_file():
         raise ValueError(
-            f"the adapter {source} has no {WEIGHTS}. Pickled weights can run code when loaded; if "
-            "you trust them, load it with peft once and save it with save_pretrained"
-        ) from None
-    except SafetensorError as error:
-        raise ValueError(
-            f"{WEIGHTS} of {source} is damaged or incomplete ({error}): copy it again"
-        ) from error
+            f"the adapter {source} has no {WEIGHTS}. Pickled weights can run code when loaded; "
+            'convert them once, without that: python -c "import torch; from safetensors.torch '
+            f"import save_file; save_file(torch.load('{folder / PICKLED}', weights_only=True), "
+            f"'{folder / WEIGHTS}')\""
+        )
+    raise ValueError(f"the adapter {source} has no {WEIGHTS}: save it with save_pretrained of peft")

@@ -64,7 +64,7 @@ class Runner:
         makes, model i (0 without an adapter) has the slots i, i + M, i + 2 M, ..., and each has
         `max_num_seqs` of them and `max_num_batched_tokens` in a step."""
         found = [find_adapter(each, spec.model) for each in adapters]
-        self._name, self._names = spec.model, (spec.model, *adapters)
+        self._name, self._names = spec.source, (spec.source, *adapters)
         self._tokenizer = load_tokenizer(spec)
         self._instead = stand_in(self._tokenizer)
         self._model = load_model(spec)

@@ -8,7 +8,6 @@ since vLLM keeps state that is the process's own.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -20,9 +19,25 @@ import numpy as np
 import psutil
 import torch
 
-from dlf_ray.config import ModelSpec
+from dlf_ray.config import ModelSpec, is_gguf
 from dlf_ray.messages import Description
-from dlf_ray.models.loading import context_of, end_tokens, folder_of, load_tokenizer, sampling_of
+from dlf_ray.models.adapters import (
+    CONFIG,
+    INITS,
+    UNMIXED,
+    WEIGHTS,
+    config_of,
+    outside,
+    tensors_of_adapter,
+)
+from dlf_ray.models.files import folder_of
+from dlf_ray.models.loading import (
+    adapter_of,
+    context_of,
+    end_tokens,
+    load_tokenizer,
+    sampling_of,
+)
 from dlf_ray.models.vocabulary import digest, split, stand_in
 from dlf_ray.models.worker import Link, ModelWorker
 from dlf_ray.plans import Plan
@@ -33,6 +48,8 @@ ROLLED_BACK = {"full_attention", "sliding_attention", "chunked_attention"}
 """The kinds of layers that it can take back to an earlier position."""
 RANKS_OF_ADAPTERS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM has kernels for."""
+ODD = {"use_dora": "DoRA", "modules_to_save": "modules saved whole"}
+"""What settings of adapters are called."""
 SHARE = 0.9
 """The part of an actor's memory that weights, blocks and a step may take together."""
 CPU_SHARE = 0.4
@@ -60,7 +77,8 @@ class VllmRunner:
         adapters: Sequence[str] = (),
     ) -> None:
         check_version()
-        self._name = spec.model
+        check_source(spec)
+        self._name = spec.source
         self._refused = f"vLLM does not take {spec.model}"
         self._tokenizer = load_tokenizer(spec)
         self.ranks = ranks_of(spec)
@@ -273,27 +291,48 @@ def check_version() -> str:
     )
 
 
+def check_source(spec: ModelSpec) -> None:
+    """Raises `ValueError` for a kind of model that vLLM is not given."""
+    for source in (spec.model, spec.tokenizer or ""):
+        if is_gguf(source):
+            raise ValueError(
+                f"{source} is a GGUF file, which vLLM does not take here: set `backend: "
+                "transformers` for it, or name a folder of safetensors"
+            )
+    if adapter := adapter_of(spec):
+        raise ValueError(
+            f"{adapter} is an adapter: vLLM takes it as `adapter:` over the family's base, not "
+            "merged; `backend: transformers` merges it"
+        )
+
+
 def check_adapter(folder: str, base: str) -> int:
     """The rank that vLLM is to have room for. Raises `ValueError` for what it cannot compute."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    file = find_adapter_config_file(folder)
-    if not file:
-        raise ValueError(f"{folder} is no adapter: it has no adapter_config.json")
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    where = folder_of(folder, [CONFIG, WEIGHTS])
+    config = config_of(folder, where)
     instead = f"; `backend: transformers` takes it as `model: {folder}`, merged into its base"
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is of type {config.get('peft_type')}, not LORA{instead}")
-    for name, odd in (("use_dora", "DoRA"), ("modules_to_save", "modules saved whole")):
-        if config.get(name):
-            raise ValueError(f"{folder} has {odd} (`{name}`), which vLLM cannot compute{instead}")
+    if name := next((name for name in (*UNMIXED, "lora_bias") if config.get(name)), None):
+        odd = ODD.get(name, "what its settings say")
+        raise ValueError(f"{folder} has {odd} (`{name}`), which vLLM cannot compute{instead}")
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(f"{folder} has biases (`{bias}`), which vLLM cannot compute{instead}")
+    if (init := config.get("init_lora_weights", True)) not in INITS:
+        raise ValueError(f"{folder} changes its base (`init_lora_weights: {init}`){instead}")
+    for key in tensors_of_adapter(folder, where):
+        if outside(key):
+            raise ValueError(
+                f"{folder} has {key}, and so changes more than the layers between, which vLLM "
+                f"cannot compute{instead}"
+            )
     named = config.get("base_model_name_or_path")
     if named and not _same(named, base):
         raise ValueError(
             f"the adapter {folder} is over {named}, the family's base is {base}: an `adapter` is "
             "over the base of its family"
         )
-    rank = int(config["r"])
+    rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     if rank > RANKS_OF_ADAPTERS[-1]:
         raise ValueError(
             f"{folder} has rank {rank}; vLLM takes {RANKS_OF_ADAPTERS[-1]} at most{instead}"

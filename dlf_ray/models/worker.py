@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dlf_ray.config import EngineConfig, ModelSpec
+from dlf_ray.config import EngineConfig, ModelSpec, is_gguf
 from dlf_ray.errors import is_out_of_memory, sticks
 from dlf_ray.messages import Description, Failed
 from dlf_ray.plans import Logits, Plan
@@ -62,7 +62,9 @@ def backend_of(spec: ModelSpec, engine: EngineConfig) -> str:
     wanted = spec.backend or engine.backend
     if wanted != "auto":
         return wanted
-    backend = "vllm" if spec.num_gpus and importlib.util.find_spec("vllm") else "transformers"
+    other = is_gguf(spec.model) or getattr(spec, "adapter", None)  # neither of which vLLM takes
+    there = spec.num_gpus and importlib.util.find_spec("vllm")
+    backend = "vllm" if there and not other else "transformers"
     log.info("%s is computed by %s", spec.model, backend)
     return backend
 

@@ -380,7 +380,9 @@ def test_a_merged_adapter_without_its_base(folder, said, tmp_path):
     tiny.tokenizer(path)
     shutil.rmtree(tmp_path / "base")
     answer = said(replaced(folder, "math", path))
-    assert f"its base: {tmp_path / 'base'} is neither a folder" in error(answer, "math")
+    text = error(answer, "math")
+    assert f"{tmp_path / 'base'} is neither a folder" in text
+    assert f"`{{model: BASE, adapter: {path}}}`" in text
 
 
 def test_vllm_that_is_not_there(folder, said, monkeypatch):

@@ -217,7 +217,7 @@ def test_adapters_that_cannot_be_read(folders, copy, tmp_path, monkeypatch):
             mixed(folders["llama"], [adapter])
 
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-100])
-    refused("broken is damaged or incomplete")
+    refused(r"broken/\S+ is damaged or incomplete")
     (copy / WEIGHTS).rename(copy / "adapter_model.bin")
     refused("broken has no adapter_model.safetensors")
     refused("llama has no adapter_config.json.*`model:`", folders["llama"])

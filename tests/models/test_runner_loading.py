@@ -1,15 +1,21 @@
-"""What the runner loads: adapters, and the errors of what cannot be loaded."""
+"""The errors of what cannot be loaded, and what is loaded nevertheless."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
 import pytest
 import tiny
 import torch
-from runners import VOCAB, Oracle, close, make_plan, runner
-from transformers import AutoConfig, AutoModelForCausalLM
+from runners import VOCAB, runner
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from dlf_ray.config import EngineConfig, ModelSpec
+from dlf_ray.models.inspect import inspect
+from dlf_ray.models.loading import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -79,16 +85,146 @@ def test_of_many_files_the_cut_one_is_named_before_any_is_read(folder, monkeypat
         runner(folder)
 
 
-def test_missing_weights_are_not_made_up(folder):
-    edit(folder, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"lacks 9 weights.*layers\.2"):
-        runner(folder)
+def refused(folder, words, **spec):
+    """In one sentence, and the check says the same."""
+    spec = ModelSpec(model=str(folder), **spec)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_model(spec)
+    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+    assert str(folder) in str(caught.value)
+    told = [each.text for each in inspect(spec, EngineConfig()).problems if each.kind == "error"]
+    assert told == [str(caught.value)]
 
 
 def test_weights_of_other_shapes(folder):
     edit(folder, intermediate_size=48)
-    with pytest.raises(ValueError, match="could not be loaded"):
-        runner(folder)
+    words = r"has 6 weights of other shapes than its config\.json says"
+    refused(folder, words + r".*\[32, 64\] instead of \[32, 48\]")
+
+
+def test_a_weight_that_is_not_there(folder):
+    edit(folder, num_hidden_layers=3)
+    refused(folder, r"lacks 9 weights of its architecture, model\.layers\.2")
+
+
+def test_weights_that_are_not_used(folder, caplog):
+    edit(folder, num_hidden_layers=1)
+    words = "has 9 weights that its architecture does not use, model.layers.1"
+    assert runner(folder).vocab == VOCAB
+    assert words in caplog.text
+    told = inspect(ModelSpec(model=str(folder)), EngineConfig()).problems
+    assert [(each.kind, words in each.text) for each in told] == [("warning", True)]
+
+
+def test_weights_that_nobody_misses(folder, caplog):
+    """Buffers that older releases saved."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert runner(folder).vocab == VOCAB
+    assert "does not use" not in caplog.text
+    assert inspect(ModelSpec(model=str(folder)), EngineConfig()).problems == ()
+
+
+@pytest.fixture
+def shards(folder):
+    """The same in several files."""
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    whole.save_pretrained(folder, max_shard_size="30KB")
+    assert runner(folder).vocab == VOCAB
+    return folder
+
+
+def test_one_of_several_files_is_missing(shards):
+    last = sorted(shards.glob("model-*.safetensors"))[-1]
+    last.unlink()
+    refused(shards, rf"lacks 1 of its \d safetensors files, {last.name} first")
+
+
+def test_nothing_says_what_several_files_are(shards):
+    (shards / "model.safetensors.index.json").unlink()
+    refused(shards, r"has neither model\.safetensors nor model\.safetensors\.index\.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
+def test_an_index_that_cannot_be_read(shards, content):
+    (shards / "model.safetensors.index.json").write_text(content)
+    refused(shards, r"model\.safetensors\.index\.json cannot be read.*copy it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not a valid JSON file"),
+        ("", "is not a valid JSON file"),
+        ("[]", "model_type"),
+        ("{}", "model_type"),
+        ('{"model_type": "lama"}', "model type `lama`, which it does not know"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read(folder, content, words):
+    (folder / "config.json").write_text(content)
+    refused(folder, rf"has no configuration that transformers \S+ reads: .*{words}")
+
+
+def test_a_type_of_numbers_that_is_none(folder):
+    edit(folder, dtype="floaty16")
+    refused(folder, "floaty16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "library"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, "gptqmodel"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ],
+    ids=["gptq", "awq", "4 bit", "8 bit"],
+)
+def test_packed_weights_without_their_library(folder, settings, library):
+    if importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed here")
+    edit(folder, quantization_config=settings)
+    refused(folder, rf"is quantized \({settings['quant_method']}\), and .*pip install.*{library}")
+
+
+def configured(folder, kind, name, **settings):
+    AutoConfig.for_model(kind, architectures=[name], **settings).save_pretrained(folder)
+
+
+def test_models_that_do_not_go_on_with_a_text(folder):
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    configured(folder, "clip_vision_model", "CLIPVisionModel", **vision)
+    refused(folder, r"\(CLIPVisionModel\) is not a causal LM: transformers has none of this type")
+    configured(folder, "llava", "LlavaForConditionalGeneration")
+    refused(folder, r"\(LlavaForConditionalGeneration\) is not a causal LM")
+    small = {"d_model": 32, "vocab_size": VOCAB}
+    configured(folder, "t5", "T5ForConditionalGeneration", num_layers=1, **small)
+    refused(folder, "has an encoder and a decoder")
+    configured(folder, "bart", "BartForConditionalGeneration", decoder_layers=1, **small)
+    refused(folder, "has an encoder and a decoder")
+
+
+def test_an_encoder(folder):
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=VOCAB,
+        num_attention_heads=4, architectures=["BertForMaskedLM"],
+    )  # fmt: skip
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    refused(folder, r"\(BertForMaskedLM\) is an encoder")
+
+
+def test_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = ModelSpec(model="~/model", tokenizer="~/model")
+    assert spec.model == spec.tokenizer == str(folder)
+    assert runner("~/model").vocab == VOCAB
+
+
+def test_a_file_in_the_place_of_a_folder(folder):
+    refused(folder / "model.safetensors", "is a file: name the folder that it is in")
 
 
 def test_weights_that_are_not_finite(folder):
@@ -121,25 +257,6 @@ def test_an_architecture_that_masks_by_itself(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer(tmp_path, VOCAB)
     with pytest.raises(ValueError, match="answers otherwise with a slot cache"):
-        runner(tmp_path)
-
-
-def test_an_adapter_is_merged_into_its_base(folders, tmp_path, monkeypatch):
-    peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(folders["llama"])
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.5)
-    adapted.save_pretrained(tmp_path)
-    tiny.tokenizer(tmp_path, VOCAB)
-    with torch.inference_mode():
-        expected = adapted.eval()(torch.tensor([[1, 2, 3]])).logits[0]
-    got = runner(tmp_path).forward(make_plan((0, 0, [1, 2, 3], 3)))
-    close(got, expected)
-    assert not torch.allclose(got, Oracle(folders["llama"])([1, 2, 3]), atol=0.1)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install peft"):
         runner(tmp_path)
 
 

@@ -1,0 +1,164 @@
+"""GGUF files, those of llama.cpp: one file holds a model, its configuration and its tokenizer.
+
+transformers makes a model of its own of one, whose weights are unpacked when it is loaded. Here is
+what it leaves open: whether a file is whole, before it is read for long, and what it leaves out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from tokenizers import Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dlf_ray.config import ModelSpec
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types of weights that are not packed."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its weights."""
+
+    architecture: str
+    """As llama.cpp names it."""
+    dtype: str
+    """What `auto` is: the type of the weights, float32 if they are packed."""
+    numbers: int
+    """Of all weights."""
+    tokens: int
+    """In its vocabulary; 0 without one."""
+
+
+def check_gguf(source: str) -> Header:
+    """Reads all but the weights. Raises `ValueError`, saying what to do, for a file that is not
+    there, not whole, or that would become another model."""
+    file = Path(source)
+    if not file.is_file():
+        raise ValueError(
+            f"there is no file {source}: a GGUF file is a local one, download it first"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f'{source} is a GGUF file: pip install "dlf_ray[gguf]" to load it')
+    told = file.stat()
+    return _read(str(file), told.st_mtime_ns, told.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(source: str, changed: int, size: int) -> Header:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(source)  # it maps all weights, so it finds out where the file ends
+        said = {name: field.contents() for name, field in reader.fields.items() if _short(field)}
+        architecture = str(said["general.architecture"])
+        sizes = {each.name: [int(n) for n in each.shape] for each in reader.tensors}
+        types = {each.tensor_type.name for each in reader.tensors}
+    except Exception as error:  # a file that was cut off fails anywhere, in any way
+        raise ValueError(
+            f"{source} is damaged, incomplete, or no GGUF file ({error or type(error).__name__}): "
+            "download or copy it again"
+        ) from error
+    if (parts := int(said.get("split.count") or 1)) > 1:
+        raise ValueError(
+            f"{source} is one of {parts} files of a model: join them with "
+            "`llama-gguf-split --merge` of llama.cpp"
+        )
+    scaled = [name for name in sizes if name.startswith("rope_f")]  # rope_freqs, rope_factors_long
+    kind = said.get(f"{architecture}.rope.scaling.type", "none")
+    if scaled or kind != "none":
+        what = scaled[0] if scaled else f"rope.scaling.type: {kind}"
+        raise ValueError(
+            f"{source} scales its positions ({what}), which transformers does not read from GGUF "
+            "files: use the model's folder of safetensors"
+        )
+    half = next((kind for kind in ("BF16", "F16") if kind in types), "F32")  # beside norms in F32
+    dtype = FLOATS[half] if types <= FLOATS.keys() else "float32"
+    vocabulary = reader.fields.get("tokenizer.ggml.tokens")
+    tokens = len(vocabulary.data) if vocabulary else 0
+    return Header(architecture, dtype, sum(map(prod, sizes.values())), tokens)
+
+
+def _short(field: Any) -> bool:
+    """Whether it is worth the time to read, unlike a vocabulary."""
+    return len(field.data) == 1
+
+
+def configuration(source: str) -> Any:
+    """What transformers makes of what a file says of itself. Raises `ValueError` as `loading`."""
+    told = Path(source).stat() if Path(source).is_file() else None
+    return copy.deepcopy(_configuration(source, told and told.st_mtime_ns, told and told.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _configuration(source: str, changed: int | None, size: int | None) -> Any:
+    with loading(source) as where:
+        return transformers.AutoConfig.from_pretrained(**where)
+
+
+@contextlib.contextmanager
+def loading(source: str) -> Iterator[dict[str, Any]]:
+    """The arguments that make `from_pretrained` read the file, while this lasts.
+
+    It stands by itself in a folder then: else transformers would take the tokenizer or the template
+    of another model that lies beside it. Raises `ValueError`, saying what to do, for what
+    transformers raises meanwhile.
+    """
+    header = check_gguf(source)
+    with tempfile.TemporaryDirectory(prefix="dlf-gguf-") as folder:
+        link = Path(folder) / "model.gguf"
+        link.symlink_to(Path(source).resolve())
+        try:
+            yield {"pretrained_model_name_or_path": folder, "gguf_file": link.name}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+            raise ValueError(
+                f"{source} could not be loaded: transformers {transformers.__version__} does not "
+                f"convert this GGUF file of architecture {header.architecture} "
+                f"({str(error).replace(str(link), source)}); use the model's folder of safetensors"
+            ) from error
+
+
+def tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a file. Raises `ValueError` as `loading`."""
+    tokens = check_gguf(source).tokens
+    with loading(source) as where:
+        made: Any = transformers.AutoTokenizer.from_pretrained(**where)
+    if tokens < len(
+        made
+    ):  # a class of tokenizers adds what GPT-2 has, which the model has no ids for
+        state = json.loads(made.backend_tokenizer.to_str())
+        state["added_tokens"] = [each for each in state["added_tokens"] if each["id"] < tokens]
+        made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return cast(PreTrainedTokenizerBase, made)
+
+
+def unpacked() -> dict[str, Any]:
+    """The arguments that make `from_pretrained` unpack the weights. Releases of transformers that
+    do not know them do nothing else."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def make_plain(model: Any) -> None:
+    """Takes away the marks of a packed model from one whose weights were unpacked."""
+    for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def dtype_of(spec: ModelSpec) -> str:
+    """The type that the weights of a file become."""
+    return check_gguf(spec.model).dtype if spec.dtype == "auto" else spec.dtype
