@@ -399,6 +399,8 @@ class Description:
     blocks: int = 0
     """How many blocks there are, of all layers together."""
     backend: str = ""
+    chat_templates: tuple[str | None, ...] = ()
+    """Of each of its worker's models, its own first; None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dlf_ray.config import LARGE, ExpertSpec, Family, converted
 from dlf_ray.engine.actors import CoordinatorActor, WorkerActor
 from dlf_ray.engine.checks import check_family, several_nodes
 from dlf_ray.engine.frontend import BaseEngine, Prompts
-from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, templates_of, workers_of
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output, raised
 from dlf_ray.engine.placement import COORDINATOR, Placement, need_of, needs, settled, settled_expert
@@ -138,7 +138,9 @@ class Engine(BaseEngine):
         coordinator: Any = ray.remote(CoordinatorActor)
         coordinator = coordinator.options(**placement.options(COORDINATOR)).remote()
         workers, self._actors[COORDINATOR] = dict(self._actors), coordinator
-        descriptions = by_model(family, served, self._load(workers))
+        loaded = self._load(workers)
+        self.chat_templates = templates_of(served, loaded)
+        descriptions = by_model(family, served, loaded)
         check_vocabularies(family, descriptions, self._vocabulary)
         first = next(iter(workers))
         large = () if first == LARGE else (family.large,)
@@ -267,6 +269,7 @@ class Engine(BaseEngine):
                 raise
             self._loops[name] = loop
             self._descriptions = descriptions
+            self.chat_templates |= templates_of({name: (name,)}, {name: description})
             self.limits = self.limits.having({**self.limits.lengths, name: length})
             self.family = family
 
@@ -293,6 +296,7 @@ class Engine(BaseEngine):
             )
             self.limits = limits.having(_without(limits.lengths, name))
             del self._descriptions[name]
+            self.chat_templates.pop(name, None)
             self._check_open().send(RemoveModel(name))
             try:
                 self._finished(name, "left", loop)

@@ -42,6 +42,19 @@ def by_model(
     return {name: found[name] for name in family.models if name in found}
 
 
+def templates_of(
+    workers: Mapping[str, Collection[str]], loaded: Mapping[str, Description]
+) -> dict[str, str]:
+    """The chat template of each model that has one, from what workers have said."""
+    found = {}
+    for worker, models in workers.items():
+        # a worker of another kind may say nothing of them
+        for name, template in zip(models, loaded[worker].chat_templates, strict=False):
+            if template:
+                found[name] = template
+    return found
+
+
 def limits_of(family: Family, descriptions: Mapping[str, Description]) -> Limits:
     """What the loaded models can take together."""
     eos = {token for each in descriptions.values() for token in each.eos_token_ids}

@@ -13,7 +13,7 @@ from dlf_ray.decoding.coordinator import Coordinator
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.checks import check_family
 from dlf_ray.engine.frontend import BaseEngine
-from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, templates_of, workers_of
 from dlf_ray.engine.output import raised
 from dlf_ray.engine.sharing import by_models
 from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
@@ -83,6 +83,7 @@ class LocalEngine(BaseEngine):
         descriptions = by_model(family, served, loaded)
         check_vocabularies(family, descriptions, lambda name: workers[name].tokenizer().get_vocab())
         self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
+        self.chat_templates = templates_of(served, loaded)
         self.limits = limits_of(family, descriptions)
         self.coordinator = Coordinator(
             by_models(LocalFabric(workers), served),

@@ -194,6 +194,30 @@ def end_tokens(eos: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ..
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
+def chat_templates(tokenizer: Any, adapters: Sequence[str] = ()) -> tuple[str | None, ...]:
+    """The chat template of a model, and of each adapter over it: what lies in its folder, else the
+    model's."""
+    try:
+        own: str | None = str(tokenizer.get_chat_template())
+    except ValueError:  # there is none
+        own = None
+    return own, *(_adapters_template(each) or own for each in adapters)
+
+
+def _adapters_template(source: str) -> str | None:
+    """As tokenizers are saved; an adapter's folder need not hold the rest of one."""
+    name, config = "chat_template.jinja", "tokenizer_config.json"
+    folder = folder_of(source, [name, config])
+    if (folder / name).is_file():
+        return (folder / name).read_text(encoding="utf-8")
+    if not (folder / config).is_file():
+        return None
+    found = json.loads((folder / config).read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    return found and str(found)
+
+
 def context_of(config: Any) -> int:
     """Positions that the model was made for."""
     context = getattr(config, "max_position_embeddings", None) or ALL

@@ -20,6 +20,7 @@ from dlf_ray.messages import Description
 from dlf_ray.models.adapters import Adapters, find_adapter, unmixed
 from dlf_ray.models.cache import Indices, Rows, SlotCache
 from dlf_ray.models.loading import (
+    chat_templates,
     context_of,
     digest,
     end_tokens,
@@ -99,6 +100,7 @@ class Runner:
             free_bytes=self._memory[1],
             node=platform.node(),
             backend="transformers",
+            chat_templates=chat_templates(self._tokenizer, self._names[1:]),
         )
 
     @torch.inference_mode()

@@ -22,7 +22,14 @@ import torch
 
 from dlf_ray.config import ModelSpec
 from dlf_ray.messages import Description
-from dlf_ray.models.loading import context_of, digest, end_tokens, folder_of, load_tokenizer
+from dlf_ray.models.loading import (
+    chat_templates,
+    context_of,
+    digest,
+    end_tokens,
+    folder_of,
+    load_tokenizer,
+)
 from dlf_ray.models.worker import Link, ModelWorker
 from dlf_ray.plans import Plan
 
@@ -62,6 +69,7 @@ class VllmRunner:
         self._name = spec.model
         self._refused = f"vLLM does not take {spec.model}"
         self._tokenizer = load_tokenizer(spec)
+        self._templates = chat_templates(self._tokenizer, adapters)
         self.ranks = ranks_of(spec)
         models = 1 + len(adapters)
         self._slots = max_num_seqs * models
@@ -119,6 +127,7 @@ class VllmRunner:
             block=min(sizes),
             blocks=(self._about["blocks"] - 1) // len(sizes),
             backend="vllm",
+            chat_templates=self._templates,
         )
 
     def forward(self, plan: Plan) -> torch.Tensor:
