@@ -312,8 +312,10 @@ class AddModel(msgspec.Struct, frozen=True, tag=True):
     name: str
     length: int
     """The tokens that a sequence may have in it."""
+    vocab: int
+    """The tokens that it knows."""
     ends: tuple[int, ...] = ()
-    """The tokens that end a text of it."""
+    """Those that end a text of it."""
     unlike: tuple[int, ...] = ()
     """The ids of the large model's vocabulary that are not in its own."""
     positions: int | None = None
@@ -411,6 +413,8 @@ class Description:
     backend: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
     """What the checkpoint recommends, by the names of `SamplingParams`."""
+    chat_templates: tuple[str | None, ...] = ()
+    """Of each of its worker's models, its own first; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -420,6 +424,9 @@ class Limits:
     lengths: dict[str, int]
     """For each model that is loaded, large and base first, the tokens a sequence may have in it."""
     vocab: int
+    """The tokens of answers, and of prompts: the large model's."""
+    vocabs: dict[str, int] = field(default_factory=dict)
+    """Of the prompts that models have of their own; the large one's where that is not known."""
     ends: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """For each model, the tokens that end a text."""
     unlike: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -450,15 +457,14 @@ class Limits:
         """The ids that not all of some models give the same meaning."""
         return tuple(sorted({token for name in models for token in self.unlike.get(name, ())}))
 
-    def adding(
-        self, name: str, length: int, ends: tuple[int, ...], unlike: tuple[int, ...]
-    ) -> Limits:
+    def adding(self, added: AddModel) -> Limits:
         """The limits of the same family with one more expert."""
         return dataclasses.replace(
             self,
-            lengths={**self.lengths, name: length},
-            ends={**self.ends, name: ends},
-            unlike={**self.unlike, name: unlike},
+            lengths={**self.lengths, added.name: added.length},
+            vocabs={**self.vocabs, added.name: added.vocab},
+            ends={**self.ends, added.name: added.ends},
+            unlike={**self.unlike, added.name: added.unlike},
         )
 
     def without(self, name: str) -> Limits:
@@ -512,8 +518,10 @@ class Limits:
                     "model's context allows"
                 )
             tokens = tokens + request.continuation
-            if not 0 <= min(tokens) <= max(tokens) < self.vocab:
-                raise ValueError(f"a prompt token is outside the vocabulary of {self.vocab}")
+            own = name in request.prompts and not request.continuation
+            vocab = self.vocabs.get(name, self.vocab) if own else self.vocab
+            if not 0 <= min(tokens) <= max(tokens) < vocab:
+                raise ValueError(f"a prompt token is outside the vocabulary of {vocab}")
         for what in ("logit_bias", "stop_token_ids"):
             for token in getattr(request.sampling, what):
                 if not 0 <= token < self.vocab:

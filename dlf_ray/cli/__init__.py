@@ -1,7 +1,8 @@
 """The `dlf` command: one file for each subcommand, each a thin shell around the package.
 
-`check`, `generate`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the commands,
-`common` is what they share, `tables` the table that two of them print.
+`check`, `generate`, `chat`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the
+commands, `common` is what they share, `shown` how text is shown as it streams, `tables` the table
+that two of them print.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import typer
 
 from dlf_ray.cli.bench import bench
+from dlf_ray.cli.chat import chat
 from dlf_ray.cli.check import check
 from dlf_ray.cli.demo import demo
 from dlf_ray.cli.evaluate import evaluate
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(check)
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.add_typer(expert, name="expert")
 for command in (evaluate, demo, report, bench):

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from dlf_ray.config import Family
 from dlf_ray.engine.frontend import BaseEngine
+from dlf_ray.engine.options import FusionOptions
 from dlf_ray.engine.output import EngineError
+from dlf_ray.messages import SamplingParams
+from dlf_ray.rules import Rule, Select
 
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has room for a table
 FamilyFile = Annotated[
@@ -22,7 +25,31 @@ FamilyFile = Annotated[
 Local = Annotated[
     bool, typer.Option("--local", help="Run in this process, without Ray: small models, one GPU.")
 ]
+
+# How text is drawn
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
+TopP = Annotated[float, typer.Option(help="Keep the most probable tokens of this mass.")]
+TopK = Annotated[int, typer.Option(help="Keep so many tokens; 0 keeps all.", min=0)]
+Seed = Annotated[int | None, typer.Option(help="Of the draws at a temperature.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the text.")]
+
+# How it is fused
+RuleName = Annotated[Rule | None, typer.Option("--rule", help="How weights are found.")]
+SelectName = Annotated[
+    Select | None, typer.Option("--select", help="Which of several experts speaks.")
+]
+Experts = Annotated[str | None, typer.Option(help="Which take part, by commas; all if not given.")]
+Alone = Annotated[str | None, typer.Option(help="One model by itself, unfused.")]
+ShowWeights = Annotated[
+    bool, typer.Option("--show-weights", help="Colour each token by the expert it is due to.")
+]
+
+# How a conversation is put
+System = Annotated[str | None, typer.Option(help="What the models are told first.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="A Jinja file, where the large model has no chat template.")
+]
 
 
 @contextmanager
@@ -31,8 +58,13 @@ def errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, EngineError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        complain(str(error))
         raise typer.Exit(1) from None
+
+
+def complain(error: str) -> None:
+    """One red line."""
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
 
 
 def engine_of(family: Family, local: bool, *, models: Collection[str] | None = None) -> BaseEngine:
@@ -44,6 +76,41 @@ def engine_of(family: Family, local: bool, *, models: Collection[str] | None = N
         from dlf_ray.engine.engine import Engine
 
         return Engine(family, models=models)
+
+
+def sampling_of(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: list[str] | None,
+) -> SamplingParams:
+    """Raises `ValueError` for what cannot be."""
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+
+
+def fusion_of(
+    rule: Rule | None, select: Select | None, experts: str | None, alone: str | None
+) -> FusionOptions:
+    """What was given."""
+    options: FusionOptions = {}
+    if rule is not None:
+        options["rule"] = rule
+    if select is not None:
+        options["select"] = select
+    if alone is not None:
+        options["alone"] = alone
+    if experts is not None:
+        options["experts"] = names_of(experts)
+    return options
 
 
 def names_of(listed: str) -> list[str]:

@@ -64,6 +64,20 @@ def evaluate(
     on_overflow: Annotated[
         Overflow, typer.Option(help="What happens to prompts longer than the context.")
     ] = "truncate",
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Put items as conversations, by chat template."),
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="What the models are told first.")
+    ] = None,
+    fewshot_as_multiturn: Annotated[
+        bool | None,
+        typer.Option(
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+            help="Examples as turns of a conversation; so with --apply-chat-template.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Keep the results in this folder, and go on from there.")
     ] = None,
@@ -97,6 +111,9 @@ def evaluate(
                 shots_for=shots_for,
                 upper_bound=upper_bound,
                 on_overflow=on_overflow,
+                apply_chat_template=apply_chat_template,
+                system_instruction=system_instruction,
+                fewshot_as_multiturn=fewshot_as_multiturn,
             )
         malformed = run(experiment, partial(engine_of, local=local), log=log)
         console.print(scores(experiment.output, experiment.methods, malformed))

@@ -438,9 +438,10 @@ class Coordinator:
         if sequence.penalties:
             sequence.penalties.push(token)
         if len(sequence.generated) >= sampling.min_tokens:
-            stop = token if token in sampling.stop_token_ids else None
-            if stop is not None or (token in sequence.ends and not sampling.ignore_eos):
-                return "stop", stop, True
+            if token in sequence.ends and not sampling.ignore_eos:
+                return "stop", None, True
+            if token in sampling.stop_token_ids:
+                return "stop", token, True
         if sequence.shape is not None:
             sequence.shape.push(token)
             if sequence.shape.complete:
@@ -536,7 +537,7 @@ class Coordinator:
     def add_model(self, added: AddModel) -> None:
         """One more expert, away until the fabric says that it is ready."""
         name = added.name
-        self.limits = self.limits.adding(name, added.length, added.ends, added.unlike)
+        self.limits = self.limits.adding(added)
         self._given_up.pop(name, None)
         if added.positions is not None:
             self.scheduler.slots.positions[name] = added.positions

@@ -172,14 +172,14 @@ def _surprises(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
     large = facts.get(LARGE)
     if large and large.tokens is not None and not large.chat_template:
         text = (
-            "its tokenizer has no chat template: conversations (/v1/chat/completions) need "
-            "`chat_template` where the family is served"
+            "its tokenizer has no chat template: conversations need one as `chat_template`, where "
+            "the family is served or asked"
         )
         yield _problem("warning", text, LARGE)
     whole = {name: each for name, each in facts.items() if each.tokens is not None}
     for name, each in whole.items():
         if large and large.chat_template and each.chat_template not in (None, large.chat_template):
-            text = "its chat template is another one than the large model's, which is used for all"
+            text = "its chat template is another one than the large model's; it reads by its own"
             yield _problem("warning", text, name)
     ends = {each.end_tokens for each in whole.values()}
     if ends == {()}:

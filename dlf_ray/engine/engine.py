@@ -26,7 +26,7 @@ from dlf_ray.config import LARGE, ExpertSpec, Family, converted
 from dlf_ray.engine.actors import CoordinatorActor, WorkerActor
 from dlf_ray.engine.checks import check_family, several_nodes
 from dlf_ray.engine.frontend import BaseEngine, Prompts
-from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, templates_of, workers_of
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output, raised
 from dlf_ray.engine.placement import COORDINATOR, Placement, need_of, needs, settled, settled_expert
@@ -139,8 +139,11 @@ class Engine(BaseEngine):
         coordinator: Any = ray.remote(CoordinatorActor)
         coordinator = coordinator.options(**placement.options(COORDINATOR)).remote()
         workers, self._actors[COORDINATOR] = dict(self._actors), coordinator
-        descriptions = by_model(family, served, self._load(workers))
-        unlike = agree(family, descriptions, self._vocabulary)
+        loaded = self._load(workers)
+        self.chat_templates = templates_of(served, loaded)
+        descriptions = by_model(family, served, loaded)
+        unlike = agree(family, descriptions, self._tokenizer_of)
+        self.tokenizers = {name: self._tokenizer_of(name) for name in unlike}
         first = next(iter(workers))
         large = () if first == LARGE else (family.large,)
         self.tokenizer = self._one(first, workers[first].tokenizer.remote(*large))
@@ -183,12 +186,9 @@ class Engine(BaseEngine):
         died = f"was killed {1 + LOAD_RETRIES} times while it loaded, most likely for its memory"
         return self._all(loading, died=died)
 
-    def _vocabulary(self, name: str) -> Mapping[str, int]:
-        # The large model's actor, once it serves, has no time for questions.
-        known = self.tokenizer if name == LARGE else None
-        tokenizer = known or self._one(name, self._actors[name].tokenizer.remote())
-        vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-        return vocabulary
+    def _tokenizer_of(self, name: str) -> Any:
+        owner = next(each for each, models in self.family.workers.items() if name in models)
+        return self._one(owner, self._actors[owner].tokenizer.remote())
 
     def close(self) -> None:
         """Ends the loops, then frees every actor and the placement group."""
@@ -246,11 +246,15 @@ class Engine(BaseEngine):
                 actor = self._actors[name] = self._start_worker(placement, name, family)
                 (description,) = self._load({name: actor}).values()
                 descriptions = {**self._descriptions, name: description}
-                unlike = agree(family, descriptions, self._vocabulary)
-                limits = limits_of(family, descriptions, unlike)
+                tokenizer = self._one(name, actor.tokenizer.remote())
+                first = next(iter(self._descriptions))  # which, at work, has no time for questions
+                two = {first: self._descriptions[first], name: description}
+                known = {first: self.tokenizer, name: tokenizer}
+                limits = limits_of(family, descriptions, agree(family, two, known.__getitem__))
                 added = AddModel(
                     name,
                     limits.lengths[name],
+                    vocab=description.vocab,
                     ends=limits.ends[name],
                     unlike=limits.unlike.get(name, ()),
                     positions=limits.positions.get(name),
@@ -269,7 +273,10 @@ class Engine(BaseEngine):
                 raise
             self._loops[name] = loop
             self._descriptions = descriptions
-            self.limits = self.limits.adding(name, added.length, added.ends, added.unlike)
+            self.limits = self.limits.adding(added)
+            self.chat_templates |= templates_of({name: (name,)}, {name: description})
+            if added.unlike:
+                self.tokenizers[name] = tokenizer
             self.family = family
 
     def remove_expert(self, name: str) -> None:
@@ -295,6 +302,7 @@ class Engine(BaseEngine):
             )
             self.limits = limits.without(name)
             del self._descriptions[name]
+            self.chat_templates.pop(name, None)
             self._check_open().send(RemoveModel(name))
             try:
                 self._finished(name, "left", loop)

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from dlf_ray.config import LARGE, Family
 from dlf_ray.decoding.structured import grammar
+from dlf_ray.engine.chat import Conversation, Rendered, Templates, assigned, render
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output, raised
 from dlf_ray.messages import Chunk, FusionParams, Limits, Request, SamplingParams
@@ -42,6 +43,10 @@ class BaseEngine(ABC):
         self.family = family
         self.tokenizer: Any = None
         """The large model's, as Hugging Face made it."""
+        self.tokenizers: dict[str, Any] = {}
+        """Of the models whose vocabularies are not all the large one's."""
+        self.chat_templates: dict[str, str] = {}
+        """Of the loaded models that have one."""
         self.limits: Limits
         self._ids = itertools.count()
         self._deliver: dict[int, Deliver] = {}
@@ -105,6 +110,75 @@ class BaseEngine(ABC):
         )
         return self._as_completed(requests if isinstance(prompts, Iterator) else list(requests))
 
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: Templates | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        progress: bool = False,
+        **fusion: Unpack[FusionOptions],
+    ) -> list[Output]:
+        """Generates the next message of one conversation, or of each of a list of them.
+
+        Conversations become prompts as `render` says; else as `generate`, errors too. The token
+        that ends a turn by the chat template ends the answer.
+        """
+        talks = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.render(
+                talk,  # type: ignore[arg-type]
+                chat_template=chat_template,
+                chat_template_kwargs=chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for talk in talks
+        ]
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or self.default_sampling()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} conversations but {len(sampling)} sampling parameters"
+            )
+        ended = [each.ending(own) for each, own in zip(prompts, sampling, strict=True)]
+        return self.generate([each.prompt for each in prompts], ended, progress=progress, **fusion)
+
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        chat_template: Templates | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Rendered:
+        """A conversation as the prompt of every model by its own chat template (see `templates`).
+
+        `chat_template_kwargs` are variables of the template, such as `enable_thinking`. What a
+        template writes is tokenized as it is: it writes the BOS token too, if the model knows one.
+        Raises `ValueError` where there is no template, or the conversation does not fit it.
+        """
+        return render(
+            self.tokenizer,
+            self.tokenizers,
+            self.templates(chat_template),
+            self.limits,
+            messages,
+            chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+
+    def templates(self, given: Templates | None = None) -> dict[str, str]:
+        """The chat template of each loaded model: what is `given` for all or for it, else its own,
+        else the large model's. Raises `ValueError` where that has none."""
+        self.limits.check_names(given if isinstance(given, Mapping) else ())
+        return assigned(self.limits.lengths, self.chat_templates, given, self.tokenizer)
+
     def score(
         self,
         prompts: Prompts | Sequence[Prompts],
@@ -138,15 +212,18 @@ class BaseEngine(ABC):
         )
         return self._as_completed(requests if isinstance(pairs, Iterator) else list(requests))
 
-    def tokenize(self, prompt: str) -> list[int]:
+    def tokenize(self, prompt: str, *, bos: bool = True) -> list[int]:
         """The tokens of a prompt, with the BOS token that the tokenizer begins texts with; a text
-        that has it already, as chat templates write it, gets no second one."""
-        bos = self.tokenizer.bos_token
-        begun = bool(bos) and prompt.startswith(bos)
-        return list(self.tokenizer.encode(prompt, add_special_tokens=not begun))
+        that has it already, as chat templates write it, gets no second one, and without `bos` none
+        is added."""
+        token = self.tokenizer.bos_token
+        begun = bool(token) and prompt.startswith(token)
+        return list(self.tokenizer.encode(prompt, add_special_tokens=bos and not begun))
 
-    def tokenize_pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of a prompt, and those of what follows it.
+    def tokenize_pair(
+        self, prompt: str, continuation: str, *, bos: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt (`bos` as in `tokenize`), and those of what follows it.
 
         Both are tokenized as one text and split where the tokens of the prompt alone end, as
         lm-evaluation-harness does. Spaces at the end of the prompt belong to the continuation, to
@@ -156,9 +233,10 @@ class BaseEngine(ABC):
         another side is scored.
         """
         kept = prompt.rstrip(SPACES)
-        if not self.tokenize(kept):  # nothing but spaces, and no BOS token before them
+        if not self.tokenize(kept, bos=bos):  # nothing but spaces, and no BOS token before them
             kept = prompt
-        first, whole = self.tokenize(kept), self.tokenize(prompt + continuation)
+        first = self.tokenize(kept, bos=bos)
+        whole = self.tokenize(prompt + continuation, bos=bos)
         if whole[: len(first)] == first and len(whole) > len(first):
             return first, whole[len(first) :]
         return first, self._inside(prompt[len(kept) :] + continuation)

@@ -42,6 +42,19 @@ def by_model(
     return {name: found[name] for name in family.models if name in found}
 
 
+def templates_of(
+    workers: Mapping[str, Collection[str]], loaded: Mapping[str, Description]
+) -> dict[str, str]:
+    """The chat template of each model that has one, from what workers have said."""
+    found = {}
+    for worker, models in workers.items():
+        # a worker of another kind may say nothing of them
+        for name, template in zip(models, loaded[worker].chat_templates, strict=False):
+            if template:
+                found[name] = template
+    return found
+
+
 def limits_of(
     family: Family,
     descriptions: Mapping[str, Description],
@@ -58,6 +71,7 @@ def limits_of(
     return Limits(
         lengths=lengths,
         vocab=first.vocab,
+        vocabs={name: each.vocab for name, each in descriptions.items()},
         ends={name: each.eos_token_ids for name, each in descriptions.items()},
         unlike=dict(unlike),
         sampling=first.sampling if family.engine.generation_config == "auto" else {},

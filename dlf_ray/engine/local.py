@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from dlf_ray.config import LARGE, Family
 from dlf_ray.decoding.coordinator import Coordinator
@@ -14,7 +15,7 @@ from dlf_ray.decoding.structured import Grammars
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.checks import check_family
 from dlf_ray.engine.frontend import BaseEngine
-from dlf_ray.engine.limits import by_model, chosen, limits_of, workers_of
+from dlf_ray.engine.limits import by_model, chosen, limits_of, templates_of, workers_of
 from dlf_ray.engine.output import raised
 from dlf_ray.engine.sharing import by_models
 from dlf_ray.messages import Chunk, Failed, Lost, Ready, Request, Timings
@@ -84,8 +85,14 @@ class LocalEngine(BaseEngine):
         loaded = {name: each.load() for name, each in workers.items()}
         descriptions = by_model(family, served, loaded)
         owners = {name: worker for worker, models in served.items() for name in models}
-        unlike = agree(family, descriptions, lambda n: workers[owners[n]].tokenizer().get_vocab())
+
+        def tokenizer_of(name: str) -> Any:
+            return workers[owners[name]].tokenizer()
+
+        unlike = agree(family, descriptions, tokenizer_of)
+        self.tokenizers = {name: tokenizer_of(name) for name in unlike}
         self.tokenizer = (workers.get(LARGE) or worker(family.large, family.engine)).tokenizer()
+        self.chat_templates = templates_of(served, loaded)
         self.limits = limits_of(family, descriptions, unlike)
         self.coordinator = Coordinator(
             by_models(LocalFabric(workers), served),

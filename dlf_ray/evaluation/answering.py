@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dlf_ray.config import LARGE
+from dlf_ray.engine.chat import ends_of, rendered
 from dlf_ray.engine.frontend import BaseEngine, Prompts
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output
+from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.tasks import Choice, Item, Response, Scores, Task
 from dlf_ray.messages import SamplingParams
+
+PLAIN = Asking()
+log = logging.getLogger("dlf_ray")
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,21 @@ def answers(
     max_tokens: int | None = None,
     shots_for: Literal["large", "all"] = "all",
     on_overflow: Literal["truncate", "skip"] = "truncate",
+    asking: Asking = PLAIN,
 ) -> Iterator[Answer]:
     """Answers all items, greedily or by likelihood; yields each as soon as it is there.
 
     An item that fails, or is left out for its length, has `output.error` and no scores.
+    Raises `ValueError` where items are to be put as conversations and there is no chat template.
     """
     models = resolve(engine.family, options).models
-    prompts = _Prompts(engine, models, shots_for, on_overflow)
+    prompts = _Prompts(engine, models, asking, shots_for, on_overflow)
     if task.kind == "generate":
-        sampling = SamplingParams(max_tokens=max_tokens or task.max_tokens, stop=task.stop)
+        sampling = SamplingParams(
+            max_tokens=max_tokens or task.max_tokens,
+            stop=task.stop,
+            stop_token_ids=ends_of(engine.tokenizer, prompts.templates, engine.limits),
+        )
         solved = _generated(engine, items, options, prompts, sampling)
     else:
         solved = _judged(engine, items, options, prompts)
@@ -65,16 +77,25 @@ class _Prompts:
     """Token ids of an item's prompt for the models that answer, cut to the context of each."""
 
     def __init__(
-        self, engine: BaseEngine, models: Sequence[str], shots_for: str, on_overflow: str
+        self,
+        engine: BaseEngine,
+        models: Sequence[str],
+        asking: Asking,
+        shots_for: str,
+        on_overflow: str,
     ) -> None:
         self.engine = engine
         self.models = models
+        self.asking = asking
+        self.templates = engine.templates() if asking.chat else {}
         self.shots_for = shots_for
         self.skip = on_overflow == "skip"
         self.cut: set[str] = set()
         """Items whose prompt did not fit."""
         self.left_out: list[tuple[Item, Response, Output, int]] = []
         """Items that were skipped for that, and not yet reported."""
+        self._last: tuple[Item | None, dict[str, str]] = None, {}
+        self._warned = False
 
     def of(self, item: Item, continuation: str, room: int) -> tuple[Prompts, list[int]]:
         """Each model's prompt, or the one of all, and the continuation's tokens.
@@ -82,10 +103,7 @@ class _Prompts:
         Raises `ValueError` to skip the item.
         """
         lengths = self.engine.limits.lengths
-        texts = {
-            name: item.full_prompt if name == LARGE or self.shots_for == "all" else item.prompt
-            for name in self.models
-        }
+        texts = self._texts(item)
         pairs = {text: self._encode(text, continuation) for text in set(texts.values())}
         rest = pairs[texts[self.models[0]]][1]
         prompts = {}
@@ -108,10 +126,35 @@ class _Prompts:
     def skipped(self, item: Item, error: ValueError) -> None:
         self.left_out.append((item, Response(), Output(error=str(error)), 0))
 
+    def _texts(self, item: Item) -> dict[str, str]:
+        """What each model is asked; of the last item they are kept, for its other choices."""
+        if self._last[0] is not item:
+            texts = {}
+            for name in self.models:
+                shots = name == LARGE or self.shots_for == "all"
+                texts[name] = self._text(item, name, shots)
+            self._last = item, texts
+        return self._last[1]
+
+    def _text(self, item: Item, name: str, shots: bool) -> str:
+        if not self.asking.chat:
+            return self.asking.text(item, shots)
+        messages, template = self.asking.messages(item, shots), self.templates[name]
+        try:
+            return rendered(self.engine.tokenizer, template, messages)
+        except ValueError as error:
+            if messages[0]["role"] != "system":
+                raise
+            if not self._warned:
+                log.warning("%s of model %r: going on without the system's message", error, name)
+            self._warned = True
+            return rendered(self.engine.tokenizer, template, messages[1:])  # as the harness does
+
     def _encode(self, text: str, continuation: str) -> tuple[list[int], list[int]]:
+        bos = not self.asking.chat  # a chat template writes it
         if continuation:
-            return self.engine.tokenize_pair(text, continuation)
-        return self.engine.tokenize(text), []
+            return self.engine.tokenize_pair(text, continuation, bos=bos)
+        return self.engine.tokenize(text, bos=bos), []
 
 
 _Solved = Iterator[tuple[Item, Response, Output, int]]
@@ -150,7 +193,8 @@ def _judged(
     def pairs() -> Iterator[tuple[Prompts, list[int]]]:
         for at, item in enumerate(items):
             try:
-                found = [prompts.of(item, choice, 0) for choice in item.choices]
+                choices = map(prompts.asking.choice, item.choices)
+                found = [prompts.of(item, choice, 0) for choice in choices]
             except ValueError as error:
                 prompts.skipped(item, error)
                 continue

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from dlf_ray.config import LARGE, Family
 from dlf_ray.engine.frontend import BaseEngine
 from dlf_ray.engine.output import EngineError
 from dlf_ray.evaluation.answering import Answer, answers
+from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.experiment import Experiment, Job
 from dlf_ray.evaluation.provenance import provenance_of, settings_of
 from dlf_ray.evaluation.results import UPPER_BOUND, Results
@@ -56,7 +58,7 @@ def run(
     provenance = provenance_of(experiment, family)
     failures: dict[tuple[str, str, str], str] = {}
     with Results(experiment.output, settings_of(experiment, jobs)) as results:
-        _check_items(results, jobs)
+        _check_items(results, jobs, experiment.asking)
         mine = [job.of(job.items[shard[0] :: shard[1]]) for job in jobs]
         for model in dict.fromkeys(job.model for job in mine):
             _answer_all(
@@ -85,6 +87,8 @@ def _jobs(
     for spec in experiment.tasks:
         data = spec.data and spec.data.format(family=Path(experiment.family).parent)
         task = spec.make(data)
+        if experiment.apply_chat_template:  # prompts are other ones then
+            task = replace(task, version=f"{task.version}, chat")
         if task.name in malformed:
             raise ValueError(
                 f"two tasks are called {task.name!r}: give one another `name`, or rename its file"
@@ -134,7 +138,7 @@ def _answer_all(
                             failures[key] = f"{', '.join(key)}: {error}"
                         else:
                             failures.pop(key, None)
-                            results.add({**provenance, **row_of(job, answer)})
+                            results.add({**provenance, **row_of(job, answer, experiment.asking)})
                     results.flush()
                 return
             except EngineError as error:
@@ -155,11 +159,12 @@ def _answered(
         max_tokens=job.spec.max_tokens,
         shots_for=experiment.shots_for,
         on_overflow=experiment.on_overflow,
+        asking=experiment.asking,
     )
     return _logged(found, f"{job.task.name}, {job.method}", len(job.items), log)
 
 
-def row_of(job: Job, answer: Answer) -> dict[str, Any]:
+def row_of(job: Job, answer: Answer, asking: Asking) -> dict[str, Any]:
     """What `results` keeps of an answer."""
     output, item, fusion = answer.output, answer.item, job.fusion
     models = {name: job.family.models[name].source for name in fusion.models}
@@ -172,7 +177,7 @@ def row_of(job: Job, answer: Answer) -> dict[str, Any]:
         "item": item.id,
         "group": item.group or None,
         "shots": job.spec.shots,
-        "prompt_hash": hash_of(item),
+        "prompt_hash": hash_of(item, asking),
         "text": output.text,
         "pieces": output.pieces,
         "token_ids": output.token_ids,
@@ -194,18 +199,19 @@ def row_of(job: Job, answer: Answer) -> dict[str, Any]:
     }
 
 
-def hash_of(item: Item) -> str:
+def hash_of(item: Item, asking: Asking) -> str:
     """Of all that an item asks, and what counts as right."""
-    parts = (item.full_prompt, item.choices, item.answers, item.correct)
+    asked = asking.messages(item) if asking.chat else asking.text(item)
+    parts = (asked, item.choices, item.answers, item.correct)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _check_items(results: Results, jobs: Sequence[Job]) -> None:
+def _check_items(results: Results, jobs: Sequence[Job], asking: Asking) -> None:
     """Raises `ValueError` where an item that was answered is another one now."""
     for job in jobs:
         for item in job.items:
             there = results.done.get(job.key(item))
-            if there and there != hash_of(item):
+            if there and there != hash_of(item, asking):
                 raise ValueError(
                     f"{results.folder} holds a run with other data; take another folder: item "
                     f"{item.id!r} of task {job.task.name!r} has another prompt, other choices or "

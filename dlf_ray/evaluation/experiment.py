@@ -12,6 +12,7 @@ import msgspec
 
 from dlf_ray.config import BASE, LARGE, Family, converted, read_yaml
 from dlf_ray.engine.options import FusionOptions, resolve
+from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.tasks import Item, Task, get_task, own_task
 from dlf_ray.messages import FusionParams, SamplingParams
 from dlf_ray.rules import RULES, SELECTS
@@ -85,6 +86,23 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The large model fully fine-tuned: a model to compare with, `{task}` for one of each task."""
     on_overflow: Literal["truncate", "skip"] = "truncate"
     """For prompts longer than the context: cut them from the left, or leave the item out."""
+    apply_chat_template: bool = False
+    """Put items as conversations, to each model by its own chat template. These three are
+    lm-evaluation-harness's."""
+    system_instruction: str | None = None
+    """What the models are told first: in the system's message, or before the prompt."""
+    fewshot_as_multiturn: bool | None = None
+    """Examples as turns of their own, not in one message; so unless false, in a chat."""
+
+    def __post_init__(self) -> None:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("`fewshot_as_multiturn` needs `apply_chat_template`")
+
+    @property
+    def asking(self) -> Asking:
+        """How items are put to the models."""
+        multiturn = self.apply_chat_template and self.fewshot_as_multiturn is not False
+        return Asking(self.apply_chat_template, self.system_instruction, multiturn)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Experiment:

@@ -41,6 +41,9 @@ def settings_of(experiment: Experiment, jobs: Sequence[Job]) -> dict[str, Any]:
                 "max_tokens": task.max_tokens and (spec.max_tokens or task.max_tokens),
                 "stop": list(task.stop),
                 "on_overflow": experiment.on_overflow,
+                "apply_chat_template": experiment.apply_chat_template,
+                "system_instruction": experiment.system_instruction,
+                "fewshot_as_multiturn": experiment.asking.multiturn if spec.shots else None,
                 "methods": {},
             },
         )

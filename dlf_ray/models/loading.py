@@ -6,6 +6,7 @@ Weights come from safetensors or GGUF files only: pickled ones can run code when
 
 from __future__ import annotations
 
+import json
 import logging as log_of
 import os
 import sys
@@ -37,6 +38,7 @@ from dlf_ray.models.files import (
     Tensors,
     check_configured,
     check_folder,
+    folder_of,
     has_tokenizer,
     pickled,
     tensors_of,
@@ -339,6 +341,30 @@ def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any]:
     """What a generation configuration recommends, by the names of `SamplingParams`; as vLLM reads
     it, whatever `do_sample` says."""
     return {name: generation[name] for name in RECOMMENDED if generation.get(name) is not None}
+
+
+def chat_templates(tokenizer: Any, adapters: Sequence[str] = ()) -> tuple[str | None, ...]:
+    """The chat template of a model, and of each adapter over it: what lies in its folder, else the
+    model's."""
+    try:
+        own: str | None = str(tokenizer.get_chat_template())
+    except ValueError:  # there is none
+        own = None
+    return own, *(_adapters_template(each) or own for each in adapters)
+
+
+def _adapters_template(source: str) -> str | None:
+    """As tokenizers are saved; an adapter's folder need not hold the rest of one."""
+    name, config = "chat_template.jinja", "tokenizer_config.json"
+    folder = folder_of(source, [name, config])
+    if (folder / name).is_file():
+        return (folder / name).read_text(encoding="utf-8")
+    if not (folder / config).is_file():
+        return None
+    found = json.loads((folder / config).read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    return found and str(found)
 
 
 def context_of(config: Any) -> int:

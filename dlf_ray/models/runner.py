@@ -20,6 +20,7 @@ from dlf_ray.messages import Description
 from dlf_ray.models.adapters import Adapters, find_adapter, unmixed
 from dlf_ray.models.cache import Indices, Rows, SlotCache
 from dlf_ray.models.loading import (
+    chat_templates,
     context_of,
     end_tokens,
     load_model,
@@ -104,6 +105,7 @@ class Runner:
             node=platform.node(),
             backend="transformers",
             sampling=sampling_of(self._model.generation_config.to_diff_dict()),
+            chat_templates=chat_templates(self._tokenizer, self._names[1:]),
         )
 
     @torch.inference_mode()

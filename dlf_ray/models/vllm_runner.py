@@ -33,6 +33,7 @@ from dlf_ray.models.adapters import (
 from dlf_ray.models.files import folder_of
 from dlf_ray.models.loading import (
     adapter_of,
+    chat_templates,
     context_of,
     end_tokens,
     load_tokenizer,
@@ -81,6 +82,7 @@ class VllmRunner:
         self._name = spec.source
         self._refused = f"vLLM does not take {spec.model}"
         self._tokenizer = load_tokenizer(spec)
+        self._templates = chat_templates(self._tokenizer, adapters)
         self.ranks = ranks_of(spec)
         models = 1 + len(adapters)
         self._slots = max_num_seqs * models
@@ -144,6 +146,7 @@ class VllmRunner:
             blocks=(self._about["blocks"] - 1) // len(sizes),
             backend="vllm",
             sampling=sampling_of(generation),
+            chat_templates=self._templates,
         )
 
     def forward(self, plan: Plan) -> torch.Tensor:

@@ -40,7 +40,7 @@ log = logging.getLogger("dlf_ray")
 def agree(
     family: Family,
     descriptions: Mapping[str, Description],
-    vocabulary: Callable[[str], Mapping[str, int]],
+    tokenizer: Callable[[str], Any],
 ) -> dict[str, tuple[int, ...]]:
     """For each model that does not give all ids of the first one the same meaning, these ids.
 
@@ -54,7 +54,7 @@ def agree(
         if same and each.split == about.split and each.vocab >= about.vocab:
             continue
         names = (_title(family, first), _title(family, name))
-        ours, theirs = vocabulary(first), vocabulary(name)
+        ours, theirs = (tokenizer(each).get_vocab() for each in (first, name))
         if why := refusal(ours, theirs, (about.split, each.split), names):
             raise ValueError(why)
         apart = {*unlike(ours, theirs), *range(each.vocab, about.vocab)}

@@ -157,7 +157,9 @@ class Replica:
         tokenized = ("replica", "tokenize", start, time.perf_counter() - began)
         asked = [each for each in asked for _ in range(request.n)]
         sampling = request.sampling(self.context)
-        calls = [(each, seeded(sampling, k % request.n)) for k, each in enumerate(asked)]
+        calls = [
+            (each, seeded(each.ending(sampling), k % request.n)) for k, each in enumerate(asked)
+        ]
         options = request.fusion.options(self.models[model].fusion)
         options["trace"] = request.fusion.trace
         answer = Answer(
@@ -266,39 +268,14 @@ class Replica:
         return Asked(prompt, prompt, self._read(prompt, field))
 
     def _chat(self, model: str, request: ChatRequest) -> Asked:
-        """The prompt of a conversation, by the chat template. Raises `ValueError` without one."""
-        tokenizer, template = self.engine.tokenizer, self.models[model].chat_template
-        if not template and not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of model {model!r} has no chat template: set `chat_template` for "
-                "it where it is served, or use /v1/completions"
-            )
-        messages = [message.plain() for message in request.messages]
-
-        def rendered(template: str | None) -> str:
-            try:
-                return str(
-                    tokenizer.apply_chat_template(
-                        messages,
-                        chat_template=template,
-                        add_generation_prompt=True,
-                        tokenize=False,
-                    )
-                )
-            except Exception as error:  # a template refuses by whatever its author chose to raise
-                raise ValueError(f"`messages` do not fit the chat template: {error}") from None
-
-        if not isinstance(template, dict):
-            text = rendered(template)
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            self._check_sizes([("messages", ids)])
-            return Asked(ids, ids, text)
-        texts = {name: rendered(each) for name, each in template.items()}
-        own = {
-            name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()
-        }
-        shown = LARGE if LARGE in own else next(iter(own))
-        return Asked(own, own[shown], texts[shown])
+        """The prompt of a conversation, by the chat templates. Raises `ValueError` without one."""
+        made = self.engine.render(
+            [message.plain() for message in request.messages],
+            chat_template=self.models[model].chat_template,
+            chat_template_kwargs=getattr(request, "chat_template_kwargs", None) or {},
+        )
+        self._check_sizes([("messages", made.ids)])
+        return Asked(made.prompt, made.ids, made.text, made.ending)
 
     async def _pairs(self, request: ScoreRequest) -> list[tuple[list[int], list[int]]]:
         """Tokens of each prompt and its continuation."""
@@ -361,6 +338,8 @@ class Asked:
     ids: list[int]
     """Of the large model, where they differ."""
     text: str
+    ending: Callable[[SamplingParams], SamplingParams] = lambda given: given
+    """Adds what ends an answer to this prompt."""
 
 
 async def merged(

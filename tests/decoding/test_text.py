@@ -1,12 +1,13 @@
 """Streamed text is the text of all tokens, never half a character, never past a stop string."""
 
+import json
 import random
 from itertools import chain
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dlf_ray.decoding.text import LONGEST, StopStrings, TextStream, detokenizers
@@ -32,6 +33,7 @@ def byte_level():
     letters.update({byte: chr(256 + number) for number, byte in enumerate(rest)})
     assert sorted(letters.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
@@ -58,6 +60,74 @@ def byte_fallback():
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
 
 
+TEXT = "Is the moon made of cheese? No, the moon is made of rock. Hello world, déjà vu 12.5%!"
+
+
+def llama(normalized):
+    """As Llama's: BPE over pieces with a mark for the space, bytes for what it does not have."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    mark = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    made.pre_tokenizer = mark
+    trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"])
+    made.train_from_iterator([TEXT] * 9, trainer)
+    trained = json.loads(made.to_str())["model"]
+    merges = [tuple(each) for each in trained["merges"]]
+    vocab = with_bytes(trained["vocab"])
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    fast = Tokenizer(model)
+    if normalized:  # as of old, which adds a space to the text before it is cut
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        fast.normalizer = normalizers.Sequence(steps)
+    else:
+        fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    spaces, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    fast.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return special(fast)
+
+
+def unigram():
+    """As T5's and Gemma's: likely pieces, bytes for the rest, and a decoder that drops the mark of
+    the first piece."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(piece, -1.0 - n / 9) for n, piece in enumerate(sorted(set(TEXT.split())))]
+    pieces += [(f"\u2581{piece}", -1.0) for piece in sorted(set(TEXT.split()))]
+    pieces += [(char, -9.0) for char in sorted({"\u2581", *TEXT} - {" "})]
+    pieces = list(dict(pieces).items())
+    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    fast = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    mark = {"prepend_scheme": "first"}
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(**mark)
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**mark)])
+    return special(fast)
+
+
+def wordpiece():
+    """As BERT's: words in pieces, of which all but the first begin with ##."""
+    words = {*TEXT.replace("?", "").replace(".", "").replace(",", "").replace("!", "").split()}
+    chars = sorted({*TEXT} - {" "})
+    pieces = ["[UNK]", "<s>", "</s>", *sorted(words), *chars, *(f"##{char}" for char in chars)]
+    vocab = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
+    fast = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast.decoder = decoders.WordPiece()
+    return special(fast)
+
+
+def with_bytes(vocab):
+    return vocab | {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+
+
+def special(fast):
+    fast.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+
+
+KINDS = {
+    "llama": llama(normalized=False),
+    "old llama": llama(normalized=True),
+    "unigram": unigram(),
+    "wordpiece": wordpiece(),
+}
 BYTES = {"plain": Bytes(), "byte level": byte_level()}
 FALLBACK = byte_fallback()
 PIECES = st.one_of(
@@ -74,6 +144,30 @@ def decode(tokenizer, tokens):
 def pieces_of(tokenizer, prompt, answer):
     detokenizer = detokenizers(tokenizer)(prompt)
     return [*map(detokenizer.push, answer), detokenizer.flush()]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    text=st.text(alphabet="aeé漢😀 .\n\tßHlo", max_size=30)
+    | st.lists(st.sampled_from([*TEXT.split(), " ", "漢", "  ", "😀😀"])).map(" ".join),
+    at=st.floats(0, 1),
+    marks=st.lists(st.floats(0, 1), max_size=3),
+)
+@pytest.mark.parametrize("tokenizer", [*KINDS.values(), byte_level()], ids=[*KINDS, "bytes"])
+def test_wherever_a_text_is_cut_no_character_is_lost(tokenizer, text, at, marks):
+    """The pieces are what is decoded after the prompt, with special tokens anywhere between; where
+    the prompt ends within a character, that whole character."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for mark in marks:
+        tokens.insert(round(mark * len(tokens)), tokenizer.eos_token_id)
+    cut = round(at * len(tokens))
+    whole = decode(tokenizer, tokens)
+    befores = (decode(tokenizer, tokens[:end]) for end in range(cut, -1, -1))
+    before = next(each for each in befores if not each.endswith("\ufffd"))
+    assert whole.startswith(before)
+    pieces = pieces_of(tokenizer, tokens[:cut], tokens[cut:])
+    assert "".join(pieces) == whole[len(before) :]
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def run(text, stops=(), tokenizer=BYTES["byte level"]):

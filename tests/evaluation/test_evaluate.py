@@ -115,7 +115,7 @@ def test_examples_may_be_for_the_large_model_only(engine, tmp_path):
     path = tmp_path / "own.jsonl"
     task = own_task(write(path, [{"prompt": "Question: 2? Answer:", "answer": "x"}]))
     (item,) = task.load(path).items
-    item = dataclasses.replace(item, shots="Question: 1? Answer: one\n\n")
+    item = dataclasses.replace(item, examples=(("Question: 1? Answer:", " one"),))
     own = {"large": item.full_prompt, **dict.fromkeys(("base", *EXPERTS), item.prompt)}
     for shots_for, prompt in (("large", own), ("all", item.full_prompt)):
         (answer,) = answers(engine, task, [item], {}, max_tokens=6, shots_for=shots_for)

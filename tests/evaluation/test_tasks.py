@@ -1,5 +1,6 @@
 """The benchmarks: loading, examples and prompts, on made-up items in the published formats."""
 
+import json
 import subprocess
 import sys
 
@@ -87,6 +88,63 @@ def test_malformed_records_are_reported_with_line_and_reason():
     assert (where, why) == ("TruthfulQA.csv:4", "3 columns instead of 7")
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"question": "a", "answer"', "not JSON"),
+        (b'{"question": "\xff", "answer": "#### 1"}', "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b'{"question": 5, "answer": "#### 1"}', "column 'question' must be text"),
+        (b'{"question": "a", "answer": "one"}', "does not end in"),
+        (b'{"answer": "#### 1"}', "is not in"),
+        (b"5", "not an object"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, bytes) else "",
+)
+def test_one_broken_line_of_json_is_one_failure(tmp_path, line, reason):
+    fine = b'{"question": "a%d", "answer": "#### 1"}'
+    (tmp_path / "test.jsonl").write_bytes(b"\n".join([fine % 1, line, fine % 2, b""]))
+    loaded = TASKS["gsm8k"].load(tmp_path)
+    assert [item.id for item in loaded.items] == ["test-0", "test-2"]
+    ((where, why),) = loaded.skipped
+    assert where == "test.jsonl:2"
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"only one", "1 columns instead of 2"),
+        (b"one,two,three", "3 columns instead of 2"),
+        (b"caf\xe9,x", "column 'prompt' is not UTF-8 text"),
+        (b'never,"closed', "not CSV"),
+        (b'closed,"too" early', "not CSV"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("after", [b"c,y\n", b'"c","y"\n', b'c,"two\nlines"\n'], ids=str)
+def test_one_broken_line_of_csv_is_one_failure(tmp_path, line, reason, after):
+    """A quote that is never closed would else take the rest of the file for an answer."""
+    file = tmp_path / "x.csv"
+    file.write_bytes(b"\xef\xbb\xbfprompt,answer\na,y\n" + line + b"\n" + after + b"\nd,y\n")
+    loaded = own_task(file).load()
+    assert [item.prompt for item in loaded.items] == ["a", "c", "d"]
+    ((where, why),) = loaded.skipped
+    assert where == "x.csv:3"
+    assert reason in why
+
+
+def test_numbers_that_are_none_are_malformed(tmp_path):
+    rows = [
+        {"ID": str(n), "Body": "Ada had 9.", "Question": f"And {n}?", "Answer": answer}
+        for n, answer in enumerate((7.0, 1e999, float("nan"), 10**400, "x"))
+    ]
+    (tmp_path / "SVAMP.json").write_text(json.dumps(rows))
+    loaded = TASKS["svamp"].load(tmp_path)
+    assert [item.answers for item in loaded.items] == [("7",)]
+    assert len(loaded.skipped) == 4
+
+
 def test_ids_come_from_the_data_or_its_rows():
     assert [i.id for i in TASKS["gsm8k"].load(FIXTURES).items] == ["test-0", "test-2"]
     assert [i.id for i in TASKS["arc_easy"].load(FIXTURES).items] == ["e1", "e2"]
@@ -134,7 +192,7 @@ def test_files_that_are_none_of_their_kind_are_refused(tmp_path):
     for name, content, message in (
         ("a.json", b"{", "is not JSON"),
         ("b.json", b"{}", "must hold a list"),
-        ("c.csv", b"question,answer\n\xff\xfe,2\n", "is not UTF-8"),
+        ("c.json", b'["\xff\xfe"]', "is not UTF-8"),
         ("d.parquet", b"PAR", "is not a Parquet file"),
     ):
         (tmp_path / name).write_bytes(content)

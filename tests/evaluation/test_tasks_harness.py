@@ -8,8 +8,11 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 from tasking import FIXTURES, judged, said
 
+from dlf_ray.engine.chat import rendered
+from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.tasks import TASKS, data
 
 
@@ -157,6 +160,48 @@ def test_harness_prompts_and_choices(hub, name):
         # TriviaQA's other stop strings are cut at by its score.
         until = set(theirs.config.generation_kwargs["until"]) - {".", ","}
         assert set(task.stop) == until
+
+
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("system", [None, "Be short.", "Be short.\n"], ids=repr)
+@pytest.mark.parametrize("name", HARNESS)
+def test_harness_conversations(hub, tmp_path, name, system):
+    theirs, tokenizer = harness_task(name, HARNESS[name]), tiny.tokenizer(tmp_path)
+    docs, task = list(theirs.eval_docs), TASKS[name]
+
+    def template(messages, add_generation_prompt):
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=TURNS,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    for shots, turns in itertools.product((0, 1), (False, True)):
+        if shots and name in ("truthfulqa", "cnn_dailymail"):
+            continue
+        asking, items = Asking(True, system, turns), task.load(shots=shots).items
+        how = {"apply_chat_template": True, "chat_template": template}
+        for doc, item in zip(docs, items, strict=True):
+            plain = theirs.fewshot_context(doc, shots, system_instruction=system)
+            context = theirs.fewshot_context(
+                doc, shots, system_instruction=system, fewshot_as_multiturn=turns, **how
+            )
+            ours = (
+                Asking(system=system).text(item),
+                rendered(tokenizer, TURNS, asking.messages(item)),
+            )
+            both = (plain, context)
+            assert ours == tuple(t.replace("school biology", "school botany") for t in both)
+            if task.kind == "likelihood":
+                requests = theirs.construct_requests(doc, context, **how)
+                assert [*map(asking.choice, item.choices)] == [r.args[1] for r in requests]
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,36 @@ def test_own_answers_that_do_not_fit_are_malformed(tmp_path):
     assert len(task.load().skipped) == 4
 
 
+@pytest.mark.parametrize(
+    ("metric", "row", "reason"),
+    [
+        ("exact_match", {"prompt": "?", "answer": {"a": 1}}, "must hold text or numbers"),
+        ("exact_match", {"prompt": "?", "answer": ["a", None]}, "must hold text or numbers"),
+        ("exact_match", {"prompt": ["?"], "answer": "a"}, "column 'prompt' must be text"),
+        ("exact_match", {"prompt": "\ud83d", "answer": "a"}, "column 'prompt' is not UTF-8 text"),
+        ("exact_match", {"prompt": "?", "answer": ["\udc00"]}, "column 'answer' is not UTF-8 text"),
+        ("multiple_choice", {"prompt": "?", "choices": ["a", ""], "answer": "a"}, "empty choice"),
+        ("multiple_choice", {"prompt": "?", "choices": ["a", {}], "answer": "a"}, "must hold text"),
+        ("multiple_choice", {"prompt": "?", "choices": "abc", "answer": "a"}, "not a JSON list"),
+    ],
+    ids=str,
+)
+def test_one_wrong_record_is_one_failure_with_its_line(tmp_path, metric, row, reason):
+    fine = {"prompt": "?", "choices": ["a", "b"], "answer": "a"}
+    task = own_task(rows_as_files(tmp_path / "x.jsonl", [fine, row, fine]), metric=metric)
+    loaded = task.load()
+    assert [item.id for item in loaded.items] == ["x-0", "x-2"]
+    ((where, why),) = loaded.skipped
+    assert where == "x.jsonl:2"
+    assert reason in why
+
+
+def test_a_template_that_gives_nothing_is_a_failure_of_its_line(tmp_path):
+    rows = [{"q": "a", "answer": "b"}, {"q": " ", "answer": "b"}]
+    loaded = own_task(rows_as_files(tmp_path / "x.jsonl", rows), "{q}").load()
+    assert loaded.skipped == [("x.jsonl:2", "the prompt is empty")]
+
+
 def test_own_metrics_score_in_their_order():
     item = Item("x", "p", answers=("12",), choices=(" a", " b"), correct=(0,))
     response = Response(" 12", "stop", (Choice(-1.0), Choice(-2.0)))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 from tasking import FIXTURES, judged, said
@@ -12,6 +13,7 @@ from dlf_ray.evaluation.tasks import (
     cnn_dailymail,
     common,
     gsm8k,
+    numbers,
     triviaqa,
     truthfulqa,
 )
@@ -20,31 +22,36 @@ from dlf_ray.evaluation.tasks import (
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "flexible", "strict", "proxy"),
+    ("text", "answer", "flexible", "strict", "proxy", "number"),
     [
-        (" 5+5=10\n#### 10", "10", 1, 1, 1),
-        (" It is 10.", "10", 1, 0, 1),
-        (" It is $1,200.", "1,200", 1, 0, 1),
-        (" #### 1200", "1,200", 1, 1, 1),
-        (" #### 10 and then 11", "10", 0, 1, 0),
-        (" 10.00", "10", 0, 0, 0),
+        (" 5+5=10\n#### 10", "10", 1, 1, 1, 1),
+        (" It is 10.", "10", 1, 0, 1, 1),
+        (" It is $1,200.", "1,200", 1, 0, 1, 1),
+        (" #### 1200", "1,200", 1, 1, 1, 1),
+        (" #### 10 and then 11", "10", 0, 1, 0, 0),
+        (" 10.00", "10", 0, 0, 0, 1),
         # Quirks: signs, and points within numbers, do not count for Liu et al.
-        (" #### -7", "-7", 1, 1, 1),
-        (" 7", "-7", 0, 0, 1),
-        (" 1.5", "15", 0, 0, 1),
+        (" #### -7", "-7", 1, 1, 1, 1),
+        (" 7", "-7", 0, 0, 1, 0),
+        (" 1.5", "15", 0, 0, 1, 0),
         # They cut where a model goes on by itself.
-        (" 10\nComment: 3 of 4", "10", 0, 0, 1),
+        (" 10\nComment: 3 of 4", "10", 0, 0, 1, 0),
         # Signs alone are a number for the harness.
-        (" 10 ...", "10", 0, 0, 1),
-        (" none", "10", 0, 0, 0),
-        ("", "10", 0, 0, 0),
+        (" 10 ...", "10", 0, 0, 1, 1),
+        (" none", "10", 0, 0, 0, 0),
+        ("", "10", 0, 0, 0, 0),
+        # It reads numbers as ASCII writes them.
+        (" It is −7.", "-7", 0, 0, 1, 1),
+        (" 1\u202f200 €", "1,200", 0, 0, 0, 1),
+        (" $1{,}200$", "1,200", 0, 0, 0, 1),
     ],
 )
-def test_gsm8k_scores(text, answer, flexible, strict, proxy):
+def test_gsm8k_scores(text, answer, flexible, strict, proxy, number):
     assert gsm8k.score(Item("x", "p", answers=(answer,)), said(text)) == {
         "exact_match_flexible": flexible,
         "exact_match_strict": strict,
         "exact_match_proxy": proxy,
+        "number_match": number,
     }
 
 
@@ -203,10 +210,81 @@ def test_the_headline_of_summaries_is_the_papers():
         ("half is .5", ".5"),
         ("7, 8, and 9,", "9"),
         ("none", ""),
+        # signs
+        ("minus: −12", "-12"),
+        ("it is –12", "-12"),
+        ("it is ‑12", "-12"),
+        ("pages 10–12", "12"),
+        ("+5", "5"),
+        ("(2+3)-4", "4"),
+        ("x=-4", "-4"),
+        ("COVID-19", "19"),
+        ("－１２．５", "-12.5"),
+        # what stands around
+        ("€ 20", "20"),
+        ("-€20", "-20"),
+        ("$-20", "-20"),
+        ("20€", "20"),
+        ("20 %", "20"),
+        ("**18**", "18"),
+        (r"\boxed{\$1{,}234.50}", "1234.50"),
+        (r"1\,234", "1234"),
+        # thousands
+        ("1,234,567.5", "1234567.5"),
+        ("12,34,567", "1234567"),
+        ("1\u2009234\u2009567", "1234567"),
+        ("1\u202f234,5", "1234.5"),
+        ("1\u00a0234", "1234"),
+        ("1'234.50", "1234.50"),
+        ("1’234’567", "1234567"),
+        ("1_000_000", "1000000"),
+        ("1.234.567", "1234567"),
+        ("in 2019 300 people", "300"),
+        ("１，２３４", "1234"),
+        # decimal commas
+        ("0,5", "0.5"),
+        ("0,125", "0.125"),
+        ("3,14", "3.14"),
+        ("1.234,56", "1234.56"),
+        ("1,234", "1234"),
+        ("1.234", "1.234"),
+        ("1,2,3", "3"),
+        # fractions and powers of ten
+        ("3/4 of it", "3/4"),
+        ("1 1/2", "1 1/2"),
+        ("1½", "1 1/2"),
+        ("-¾", "-3/4"),
+        (r"\frac{3}{4}", "3/4"),
+        (r"2\dfrac{1}{2}", "2 1/2"),
+        ("on 3/4/2025", "2025"),
+        ("1/0", "0"),
+        ("1.5e3", "1.5e3"),
+        ("2e-05", "2e-05"),
+        ("3 eggs", "3"),
+        ("3rd", "3"),
+        ("١٢", "١٢"),
     ],
 )
 def test_last_number(text, number):
-    assert common.last_number(text) == number
+    assert numbers.last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        ("-7.50", "-7.5"),
+        (".5", "0.5"),
+        ("3/4", "0.75"),
+        ("-1 1/2", "-1.5"),
+        ("1.5e3", "1500"),
+        ("١٢", "12"),
+        ("9" * 5000, "9" * 5000),
+    ],
+    ids=lambda text: text[:8],
+)
+def test_values_of_numbers(number, value):
+    assert numbers.value_of(number) == Decimal(value)
+    assert numbers.last_number(number) == number
 
 
 def test_numbers_are_compared_by_value():

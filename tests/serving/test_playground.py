@@ -29,6 +29,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 FUSION = {"large": {"alone": "large"}, "static": {"rule": "static"}, "dynamic": {}}
 """What each pane asks for."""
 PROMPT = "Twelve <b>times</b> seven?\n\tIt is"
@@ -63,7 +64,8 @@ def url(ray_cluster, folder, tmp_path_factory):
     file = family_file(folder, tmp_path_factory.mktemp("playground") / "tiny.yaml")
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = Settings.model_validate({"families": {"tiny": {"family": file}}})
+    families = {"tiny": {"family": file, "chat_template": TEMPLATE}}
+    settings = Settings.model_validate({"families": families})
     serve.run(application(settings, worker=Slow), name="playground")
     yield f"http://127.0.0.1:{port}/"
     serve.shutdown()
@@ -119,11 +121,12 @@ def done(page, names=FUSION):
         expect(pane(page, name).locator(".figures")).not_to_be_empty(timeout=30_000)
 
 
-def posted(url, fusion, length, prompt=PROMPT):
+def posted(url, fusion, length, prompt=PROMPT, messages=None):
     """The request that the page is to send, and the choices of all events that answer it."""
+    path = "chat/completions" if messages else "completions"
     body = {
         "model": json.load(urllib.request.urlopen(f"{url}v1/models", timeout=30))["data"][0]["id"],
-        "prompt": prompt,
+        **({"messages": messages} if messages else {"prompt": prompt}),
         "max_tokens": length,
         "temperature": 0,
         "stream": True,
@@ -131,7 +134,7 @@ def posted(url, fusion, length, prompt=PROMPT):
         "fusion": fusion | {"return_weights": True},
     }
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}v1/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{url}v1/{path}", json.dumps(body).encode(), headers)
     lines = urllib.request.urlopen(request, timeout=60).read().decode().split("\n\n")
     events = [
         json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")
@@ -284,6 +287,67 @@ def test_events_however_they_are_cut(page):
         stream,
     )
     assert seen == ['{"a": "Grüße 🦉"}', "one\ntwo", "[DONE]"]
+
+
+def test_a_conversation(page, url):
+    """Every pane remembers its own answers; tokens keep their colours; a new one begins anew."""
+    sent = []
+    page.on("request", lambda it: sent.append(it.post_data_json) if it.method == "POST" else None)
+    page.get_by_role("radio", name="Chat").check()
+    page.get_by_label("System message").fill("Be short.")
+    said = {name: [{"role": "system", "content": "Be short."}] for name in FUSION}
+    message = page.get_by_label("Message", exact=True)
+    for text in ("Hello <b>there</b>", "And you?"):
+        message.fill(text)
+        run(page)
+        expect(message).to_have_value("")
+        expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+        for name, fusion in FUSION.items():
+            said[name].append({"role": "user", "content": text})
+            body, choices = posted(url, fusion, 8, messages=said[name])
+            assert body in sent
+            pieces, experts = joined(choices, "tokens"), joined(choices, "experts")
+            now = pane(page, name).locator(".answer .token")
+            assert now.evaluate_all("all => all.map(t => t.textContent)") == pieces
+            assert pane(page, name).locator(".said").all_text_contents() == [
+                each["content"] for each in said[name]
+            ]
+            if name == "dynamic":
+                seen = "all => all.map(t => t.dataset.expert ?? null)"
+                assert now.evaluate_all(seen) == experts
+            said[name].append({"role": "assistant", "content": "".join(pieces)})
+    roles = pane(page, "large").locator(".said").evaluate_all("all => all.map(e => e.dataset.role)")
+    assert roles == ["system", "user", "assistant", "user"]
+    assert page.locator(".said b").count() == 0
+    tokens(page, "dynamic").first.click()  # one of the first answer
+    expect(page.get_by_role("tooltip")).to_contain_text("Token 1,")
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator(".said")).to_have_count(0)
+    expect(page.locator(".token")).to_have_count(0)
+    page.get_by_role("radio", name="Completion").check()
+    expect(page.get_by_label("System message")).to_be_hidden()
+
+
+def test_a_message_that_is_refused_was_not_said(page, problems):
+    page.get_by_role("radio", name="Chat").check()
+    message = page.get_by_label("Message", exact=True)
+    message.fill("Hello")
+    run(page)
+    done(page)
+    message.fill("word " * 300)
+    run(page)
+    for name in FUSION:
+        expect(pane(page, name).get_by_role("alert")).to_be_visible()
+        expect(pane(page, name).locator(".said")).to_have_count(2)
+    expect(message).to_have_value("word " * 300)  # to be made shorter
+    assert all("status of 400" in problem for problem in problems)
+    problems.clear()
+    message.fill("And you?")
+    run(page)
+    done(page)
+    for name in FUSION:
+        expect(pane(page, name).locator(".said")).to_have_count(3)
+        expect(pane(page, name).locator(".said").last).to_have_text("And you?")
 
 
 def test_the_server_refuses(page, url, problems):

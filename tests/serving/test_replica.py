@@ -8,6 +8,7 @@ import pytest
 import tiny
 from conftest import family_of
 
+from dlf_ray.engine.frontend import BaseEngine
 from dlf_ray.engine.output import Output
 from dlf_ray.messages import Limits
 from dlf_ray.serving.openai import (
@@ -44,7 +45,10 @@ class Tokenizer:
 class Engine:
     """Says what it was asked."""
 
+    render, templates = BaseEngine.render, BaseEngine.templates
+
     def __init__(self, family, tokenizer, context):
+        self.chat_templates = {}
         self.family = family
         self.tokenizer = tokenizer
         self.limits = Limits(dict.fromkeys(family.models, context), 300)

@@ -8,16 +8,15 @@ this folder, where it has the benchmark.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from dlf_ray.evaluation.tasks.data import Row, Source, Split, Values
+from dlf_ray.evaluation.tasks.numbers import last_number, value_of
 
 Scores: TypeAlias = "dict[str, float]"
 """A value from 0 to 1 for each metric of a task."""
@@ -33,8 +32,8 @@ class Item:
     """The whole zero-shot prompt; a benchmark's ends without white space."""
     preamble: str = ""
     """What `prompt` begins with that is said once, before any examples."""
-    shots: str = ""
-    """Solved examples, with the separator that ends them; not part of `prompt`, since they may be
+    examples: tuple[tuple[str, str], ...] = ()
+    """Solved ones, each as what is asked and its `target`; not part of `prompt`, since they may be
     for one of the models only."""
     target: str = ""
     """The right continuation of `prompt`, as examples show it, with the space that begins it."""
@@ -46,6 +45,11 @@ class Item:
     """Indices of the right choices."""
     group: str = ""
     """A part of the benchmark with a figure of its own, such as an MMLU subject."""
+
+    @property
+    def shots(self) -> str:
+        """The examples as text, with the separator that ends each."""
+        return "".join(f"{asked}{target}\n\n" for asked, target in self.examples)
 
     @property
     def body(self) -> str:
@@ -142,7 +146,7 @@ class Task:
                 item = self._build(row)
                 if item.id in items:
                     raise ValueError(f"the id {item.id!r} has been used before")
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
                 skipped.append((row.where, _reason(error)))
                 continue
             items[item.id] = item
@@ -192,7 +196,7 @@ def with_shots(item: Item, examples: Iterable[Item], shots: int) -> Item:
     if len(chosen) < shots:
         where = f" of {item.group}" if item.group else ""
         raise ValueError(f"{shots} shots asked for, but there are {len(chosen)} examples{where}")
-    return replace(item, shots="".join(f"{each.body}{each.target}\n\n" for each in chosen))
+    return replace(item, examples=tuple((each.body, each.target) for each in chosen))
 
 
 # Likelihood
@@ -275,23 +279,11 @@ def stripped(_: Item, response: Response) -> str:
     return response.text.strip()
 
 
-NUMBER = re.compile(r"(?<!\d)-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
-
-def last_number(text: str) -> str:
-    """The last number in a text, without `$` and thousands separators; "" if there is none.
-
-    A minus after a digit subtracts, it does not belong to the number: "5-3" ends in 3.
-    """
-    numbers = NUMBER.findall(text)
-    return re.sub("[$,]", "", numbers[-1]) if numbers else ""
-
-
 def number_match(item: Item, response: Response) -> Scores:
     """Whether the last number of the output equals an answer's, in value: 18.00 is 18."""
     number = last_number(response.text)
-    golds = {Decimal(last_number(answer)) for answer in item.answers}
-    return {"number_match": float(bool(number) and Decimal(number) in golds)}
+    golds = {value_of(last_number(answer)) for answer in item.answers}
+    return {"number_match": float(bool(number) and value_of(number) in golds)}
 
 
 def last_number_of(_: Item, response: Response) -> str:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 Split: TypeAlias = Literal["test", "train"]
 """`test` is what is scored; `train` is where examples come from, for prompts and for training."""
 Values: TypeAlias = Mapping[str, Any]
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Of a pair, which is no text by itself; also how Python keeps a byte that is not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,23 @@ def read(file: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
         for number, (where, values, wrong) in enumerate(READERS[file.suffix](file, columns)):
             if not wrong and not isinstance(values, dict):
                 wrong = "not an object with named fields"
+            if not wrong and (column := _unreadable(values)):
+                wrong = f"column {column!r} is not UTF-8 text"
             given = {} if wrong else values
             yield Row(f"{file.name}:{where}", file.stem, number, given, wrong)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+
+
+def _unreadable(values: Values) -> str | None:
+    """A column whose text holds half a character, which nothing can be done with."""
+    for column, value in values.items():
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
+        if SURROGATE.search(text):
+            return column
+    return None
 
 
 Record: TypeAlias = "tuple[int, Any, str]"
@@ -171,7 +188,7 @@ def _jsonl(file: Path, _: Sequence[str]) -> Iterator[Record]:
             if line.strip():
                 try:
                     yield number, json.loads(line.decode("utf-8-sig")), ""
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield number, None, f"not JSON: {error}"
 
 
@@ -187,23 +204,45 @@ def _json(file: Path, _: Sequence[str]) -> Iterator[Record]:
 
 
 def _csv(file: Path, columns: Sequence[str]) -> Iterator[Record]:
-    # The encoding drops the byte-order mark of files that come from spreadsheets.
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        records = csv.reader(lines)
-        header = list(columns) or next(records, [])
+    # The encoding drops the byte-order mark of files that come from spreadsheets. What is not UTF-8
+    # is kept as it is, for `read` to find in its own record only.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header, again, number = list(columns), deque[str](), 1
         while True:
-            start = records.line_num + 1  # a record may span lines
-            try:
-                record = next(records, None)
-            except csv.Error as error:
-                yield start, None, f"not CSV: {error}"
-                continue
-            if record is None:
+            taken: list[str] = []
+            record, wrong = _next_record(chain(_popped(again), lines), taken)
+            if not taken:
                 return
-            if len(record) == len(header):
+            start, number = number, number + len(taken)
+            if wrong:  # a quote that was never closed may have taken all lines after it
+                again.extendleft(reversed(taken[1:]))
+                number = start + 1
+                yield start, None, wrong
+            elif not header:
+                header = record
+            elif len(record) == len(header):
                 yield start, dict(zip(header, record, strict=True)), ""
             elif record:
                 yield start, None, f"{len(record)} columns instead of {len(header)}"
+
+
+def _next_record(lines: Iterable[str], taken: list[str]) -> tuple[list[str], str]:
+    """The next record, or what is wrong with it; `taken` gets its lines."""
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    try:
+        return next(csv.reader(noted(), strict=True), []), ""
+    except csv.Error as error:
+        return [], f"not CSV: {error}"
+
+
+def _popped(lines: deque[str]) -> Iterator[str]:
+    while lines:
+        yield lines.popleft()
 
 
 def _parquet(file: Path, _: Sequence[str]) -> Iterator[Record]:

@@ -1,10 +1,11 @@
 """GSM8K: grade-school mathematics in words (Cobbe et al. 2021), scored on the final number.
 
-Prompts are the harness's. Three scores, since reports differ in how they find the number:
+Prompts are the harness's. Four scores, since reports differ in how they find the number:
 
 - `exact_match_flexible`: the last number of the output (the harness's "flexible-extract"),
 - `exact_match_strict`: the number after `####`, the data's own form (its "strict-match"),
-- `exact_match_proxy`: that of Liu et al. 2024 (proxy tuning), whom the paper compares with.
+- `exact_match_proxy`: that of Liu et al. 2024 (proxy tuning), whom the paper compares with,
+- `number_match`: the last number of the output, however it is written, by its value (as SVAMP).
 
 Outputs are cut at "Question:", as the harness does. They may have 512 tokens, as in Liu et al.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 import string
 
-from dlf_ray.evaluation.tasks.common import Item, Response, Scores, Task
+from dlf_ray.evaluation.tasks.common import Item, Response, Scores, Task, number_match
 from dlf_ray.evaluation.tasks.data import Row, Source
 
 INVALID = "[invalid]"
@@ -75,12 +76,13 @@ def _joined(text: str) -> str:
 
 
 def score(item: Item, response: Response) -> Scores:
-    """All three."""
+    """All four."""
     (answer,), text = item.answers, response.text
     return {
         "exact_match_flexible": float(plain(flexible(text)) == plain(answer)),
         "exact_match_strict": float(plain(strict(text)) == plain(answer)),
         "exact_match_proxy": float(proxy_match(proxy(text), answer)),
+        **number_match(item, response),
     }
 
 
@@ -91,9 +93,9 @@ def extract(_: Item, response: Response) -> str:
 
 GSM8K = Task(
     name="gsm8k",
-    version="1",
+    version="2",
     kind="generate",
-    metrics=("exact_match_flexible", "exact_match_strict", "exact_match_proxy"),
+    metrics=("exact_match_flexible", "exact_match_strict", "exact_match_proxy", "number_match"),
     source=Source(
         folder="gsm8k",
         files={"test": ["test.jsonl"], "train": ["train.jsonl"]},

@@ -18,7 +18,6 @@ from dlf_ray.evaluation.tasks.common import (
     Scores,
     Task,
     accuracy,
-    last_number,
     last_number_of,
     likeliest,
     number_match,
@@ -26,6 +25,7 @@ from dlf_ray.evaluation.tasks.common import (
     stripped,
 )
 from dlf_ray.evaluation.tasks.data import Row, Source
+from dlf_ray.evaluation.tasks.numbers import last_number
 
 BOUNDARY = re.compile(r"(\s|<[|｜][^<>|｜]+[|｜]>)\Z")
 """What a choice follows without a space: white space, or a turn marker as chat templates write it
@@ -113,6 +113,8 @@ def own_task(
 
     def build(row: Row) -> Item:
         prompt = row.text("prompt") if prompt_template is None else _filled(prompt_template, row)
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
         id = str(row.values["id"]) if row.values.get("id") is not None else row.name
         if metric == "multiple_choice":
             listed = _listed(row[choices], choices)
@@ -127,7 +129,7 @@ def own_task(
 
     return Task(
         name=Path(name).stem if Path(name).exists() else name,
-        version="2",
+        version="3",
         kind=chosen.kind,
         metrics=chosen.names,
         source=Source(
@@ -162,7 +164,7 @@ def _filled(template: str, row: Row) -> str:
 
 
 def _golds(value: Any, column: str) -> tuple[str, ...]:
-    golds = tuple(str(each) for each in (value if isinstance(value, list) else [value]))
+    golds = _texts(value if isinstance(value, list) else [value], column)
     if not golds or not all(gold.strip() for gold in golds):
         raise ValueError(f"column {column!r} holds no answer: {value!r}")
     return golds
@@ -176,7 +178,17 @@ def _listed(value: Any, column: str) -> list[str]:
             raise ValueError(f"column {column!r} is not a JSON list: {value!r}") from None
     if not isinstance(value, list) or len(value) < 2:
         raise ValueError(f"column {column!r} must be a list of at least two choices: {value!r}")
-    return [str(each) for each in value]
+    texts = _texts(value, column)
+    if not all(text.strip() for text in texts):
+        raise ValueError(f"column {column!r} holds an empty choice: {value!r}")
+    return [*texts]
+
+
+def _texts(values: list[Any], column: str) -> tuple[str, ...]:
+    """Texts, and numbers as text. Raises `ValueError` for what is neither."""
+    if wrong := [each for each in values if not isinstance(each, str | int | float)]:
+        raise ValueError(f"column {column!r} must hold text or numbers, not {wrong[0]!r}")
+    return tuple(map(str, values))
 
 
 def _index(answer: Any, choices: list[str]) -> int:

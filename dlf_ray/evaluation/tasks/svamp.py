@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dlf_ray.evaluation.tasks.common import Item, Task, last_number_of, number_match
 from dlf_ray.evaluation.tasks.data import Row, Source
+from dlf_ray.evaluation.tasks.numbers import last_number
 
 CORRECTED = {"chal-680": "5"}
 """Published answers that contradict their own equation: 4 - 2 + 3 is not 1. A model that solves
@@ -18,6 +19,8 @@ def build(row: Row) -> Item:
     """Body and question read on, as in Kojima et al. 2022."""
     id, published = row.text("ID"), f"{float(row['Answer']):.15g}"
     answer = CORRECTED.get(id, published)
+    if not last_number(answer):
+        raise ValueError(f"the answer must be a number, not {row['Answer']!r}")
     return Item(
         id=id,
         prompt=f"Question: {row.text('Body').strip()} {row.text('Question').strip()}\nAnswer:",
@@ -28,7 +31,7 @@ def build(row: Row) -> Item:
 
 SVAMP = Task(
     name="svamp",
-    version="1",
+    version="2",
     kind="generate",
     metrics=("number_match",),
     source=Source(

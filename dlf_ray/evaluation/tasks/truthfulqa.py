@@ -94,7 +94,6 @@ def build(row: Row) -> Item:
     return Item(
         id=row.name,
         prompt=f"{PREAMBLE}Q: {question(row)}\nA:",
-        preamble=PREAMBLE,
         target=f" {true[0]}",
         choices=tuple(f" {answer}" for answer in [*true, *false]),
         correct=tuple(range(len(true))),
