@@ -78,6 +78,8 @@ def meant(body, path):
         made.pop("stream_options", None)
     if made.get("top_logprobs"):
         made["logprobs"] = True
+    if made.get("tools"):
+        made["tool_choice"] = "none"
     made["min_tokens"] = min(made.get("min_tokens", 0), 1)
     made["stop_token_ids"] = [token % 300 for token in made.get("stop_token_ids", [])]
     made["logit_bias"] = {

@@ -17,7 +17,7 @@ LIBRARIES = {
     | {"engine.placement", "serving.app", "serving.experts", "serving.http"},
     "fastapi": {"serving.http"},
     "starlette": {"serving.app", "serving.http"},
-    "pydantic": {"serving.app", "serving.openai", "serving.replica"},
+    "pydantic": {"serving"},
     "zmq": {"bench", "engine.transport"},
     "transformers": {"bench_backends", "models", "training.demo", "training.train"},
     "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},

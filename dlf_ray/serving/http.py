@@ -71,7 +71,8 @@ class Router:
     async def answer(self, request: Request, body: Body | None, model: str | None) -> Response:
         """The family's answer, streamed if that was asked for."""
         record = request.state.record
-        record |= {"model": model, "user": getattr(body, "user", None)}
+        user = getattr(body, "user", None) or getattr(body, "safety_identifier", None)
+        record |= {"model": model, "user": user}
         if model is None and len(self.families) == 1:
             model = next(iter(self.models))
         if model is None or model not in self.models:

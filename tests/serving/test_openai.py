@@ -102,6 +102,121 @@ def test_what_is_refused_is_named(body, param, words):
     assert found.body["error"]["param"] == param
 
 
+MESSAGE = {"role": "user", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+ANYWAY = {
+    "store": False,
+    "metadata": {"run": "7"},
+    "safety_identifier": "me",
+    "prompt_cache_key": "k",
+    "service_tier": "default",
+    "use_beam_search": False,
+    "length_penalty": 1,
+    "bad_words": [],
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "priority": 0,
+    "return_token_ids": False,
+    "allowed_token_ids": None,
+    "truncate_prompt_tokens": None,
+    "guided_json": None,
+}
+"""Fields of both kinds of requests that clients send, and that change nothing."""
+IN_TEXT = {"suffix": "", "echo": False, "add_special_tokens": True, "best_of": 1}
+IN_CHAT = {
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "verbosity": "medium",
+    "audio": None,
+    "prediction": None,
+    "web_search_options": None,
+    "reasoning_effort": None,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "add_special_tokens": False,
+    "stream": True,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
+}
+
+
+def sampling(kind, **body):
+    return kind.model_validate(body).sampling(256)
+
+
+def test_what_happens_anyway_may_be_asked_for():
+    plain = sampling(CompletionRequest, prompt="x")
+    assert sampling(CompletionRequest, prompt="x", **ANYWAY, **IN_TEXT) == plain
+    plain = sampling(ChatRequest, messages=[MESSAGE])
+    assert sampling(ChatRequest, messages=[MESSAGE], **ANYWAY, **IN_CHAT) == plain
+    nulls = dict.fromkeys({**ANYWAY, **IN_CHAT})
+    assert sampling(ChatRequest, messages=[MESSAGE], **nulls) == plain
+
+
+def test_tools_that_are_not_to_be_called_are_not_shown():
+    asked = ChatRequest.model_validate(
+        {"messages": [MESSAGE], "tools": [TOOL], "tool_choice": "none"}
+    )
+    assert asked.texts == [("messages", "x")]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"tools": [TOOL]}, "tools", "tool calling is not supported"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "tool calling is not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "tool calling is not supported"),
+        ({"tool_choice": TOOL}, "tool_choice", "tool calling is not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "tool calling is not supported"),
+        ({"function_call": {"name": "f"}}, "function_call", "tool calling is not supported"),
+        ({"store": True}, "store", "give false"),
+        ({"store": 0}, "store", "give false"),
+        ({"priority": False}, "priority", "give 0"),
+        ({"length_penalty": 1.1}, "length_penalty", "give 1.0"),
+        ({"service_tier": "flex"}, "service_tier", '"auto" or "default"'),
+        ({"modalities": ["text", "audio"]}, "modalities", '["text"]'),
+        ({"verbosity": "low"}, "verbosity", "medium"),
+        ({"bad_words": ["x"]}, "bad_words", "[]"),
+        ({"echo": True}, "echo", "false"),
+        ({"suffix": ""}, "suffix", "not supported"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids", "not supported"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "`chat_template_kwargs`"),
+        ({"chat_template": "x"}, "chat_template", "where the model is served"),
+        ({"guided_json": {}}, "guided_json", "`structured_outputs`"),
+        ({"guided_choice": ["a"]}, "guided_choice", "`structured_outputs`"),
+        ({"continue_final_message": True}, "continue_final_message", "false"),
+        ({"metadata": {"run": 7}}, "metadata.run", "string"),
+        ({"metadata": {str(k): "x" for k in range(17)}}, "metadata", "16"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfus", "false"),
+        ({"messages": [{**MESSAGE, "role": "tool"}]}, "messages.0.role", "user"),
+        ({"messages": [{**MESSAGE, "tool_calls": [{}]}]}, "messages.0.tool_calls", "tool calling"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "required"),
+        ({"messages": [{**MESSAGE, "name": "m" * 257}]}, "messages.0.name", "256"),
+    ],
+    ids=str,
+)
+def test_what_a_chat_refuses_is_named(body, param, words):
+    found = problem(ChatRequest, **{"messages": [MESSAGE], **body})
+    assert found.status == 400
+    assert found.param.startswith(param)
+    assert f"`{param}" in found.message
+    assert words in found.message
+
+
+def test_a_message_is_taken_as_clients_keep_it():
+    said = {"role": "assistant", "content": "y", "refusal": None, "annotations": [], "audio": None}
+    said |= {"function_call": None, "tool_calls": []}
+    asked = ChatRequest.model_validate({"messages": [{**MESSAGE, "name": "Ann"}, said]})
+    assert [message.plain() for message in asked.messages] == [
+        {"role": "user", "content": "x", "name": "Ann"},
+        {"role": "assistant", "content": "y"},
+    ]
+
+
 def test_fields_of_other_requests_have_limits_too():
     message = {"role": "user", "content": "x"}
     part = {"type": "text", "text": "x"}
