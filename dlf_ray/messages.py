@@ -34,6 +34,10 @@ NOTHING: tuple[object, ...] = (None, False, ())
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class ContextLengthError(ValueError):
+    """A prompt for which the models have no room: what a client can shorten."""
+
+
 def check_candidates(bounds: Sequence[tuple[float, float]], step: float) -> None:
     """Raises `ValueError` where a search would try too many weights: all wait for it at each
     step."""
@@ -429,7 +433,8 @@ class Limits:
                 raise ValueError(f"no model {name!r} is loaded; there are {list(self.lengths)}")
 
     def check(self, request: Request) -> None:
-        """Raises `ValueError`, saying what to change, where the request cannot be served."""
+        """Raises `ValueError`, saying what to change, where the request cannot be served; for a
+        prompt that is too long, a `ContextLengthError`."""
         fusion = request.fusion
         self.check_names((*request.prompts, *request.models))
         if not (request.sampling.max_tokens or request.continuation):
@@ -456,13 +461,13 @@ class Limits:
                 )
             size, room = len(tokens) + len(request.continuation), self.lengths[name]
             if not request.sampling.max_tokens and size - 1 > room:
-                raise ValueError(
+                raise ContextLengthError(
                     f"prompt and continuation have {size} tokens, of which model {name!r} takes "
                     f"{room}; shorten the prompt or raise `engine.max_model_len`, if the model's "
                     "context allows"
                 )
             if request.sampling.max_tokens and size >= room:
-                raise ValueError(
+                raise ContextLengthError(
                     f"the prompt of model {name!r} has {size} tokens, which leaves no room "
                     f"to answer in its {room}; shorten it or raise `engine.max_model_len`, if the "
                     "model's context allows"

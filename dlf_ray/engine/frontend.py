@@ -18,7 +18,14 @@ from rich.progress import track
 from dlf_ray.config import LARGE, Family
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output, raised
-from dlf_ray.messages import Chunk, FusionParams, Limits, Request, SamplingParams
+from dlf_ray.messages import (
+    Chunk,
+    ContextLengthError,
+    FusionParams,
+    Limits,
+    Request,
+    SamplingParams,
+)
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids as they are."""
@@ -279,6 +286,8 @@ class BaseEngine(ABC):
                 trace=trace,
             )
             self.limits.check(request)
+        except ContextLengthError as error:
+            raise ContextLengthError(where + str(error)) from None
         except ValueError as error:
             raise ValueError(where + str(error)) from None
         return request

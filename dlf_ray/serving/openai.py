@@ -22,6 +22,7 @@ from dlf_ray.messages import (
     MAX_LOGPROBS,
     MAX_STOP_TOKENS,
     MAX_STOPS,
+    ContextLengthError,
     SamplingParams,
 )
 from dlf_ray.rules import RULES, Rule, Select
@@ -338,6 +339,13 @@ def seeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=sampling.seed + k)
 
 
+KINDS = {
+    401: ("authentication_error", "invalid_api_key"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+}
+"""The type and the code of an error, by which clients tell what to do."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Why a request is not served, as OpenAI words it."""
@@ -349,12 +357,12 @@ class Problem:
 
     @property
     def body(self) -> Json:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
+        other = "invalid_request_error" if self.status < 500 else "server_error"
+        kind, code = KINDS.get(self.status, (other, None))
         # A half of a surrogate pair, which JSON may hold, cannot be sent back.
         message = self.message.encode(errors="replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
+        return {"error": error}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -365,6 +373,16 @@ class Problem:
         """From a message that names the field in backticks, if it is about one."""
         named = re.search(r"`([\w.]+)`", str(error))
         return cls(400, str(error), param=named and named[1])
+
+    @classmethod
+    def too_long(
+        cls, error: ContextLengthError, texts: Sequence[tuple[str, Prompt]], context: int
+    ) -> Problem:
+        """As clients know it; they look for these words too. `texts` are the request's."""
+        fields = [field for field, _ in texts]
+        named = [field for field in fields if f"`{field}`" in str(error)]
+        message = f"{error}. This model's maximum context length is {context} tokens."
+        return cls(400, message, (named or fields)[0], "context_length_exceeded")
 
     @classmethod
     def of_validation(cls, errors: Sequence[Mapping[str, Any]]) -> Problem:

@@ -23,7 +23,7 @@ from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.frontend import Prompts
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import SamplingParams
+from dlf_ray.messages import ContextLengthError, SamplingParams
 from dlf_ray.serving.answers import Answer, finite, usage
 from dlf_ray.serving.openai import (
     ChatRequest,
@@ -93,15 +93,15 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def _check_sizes(self, texts: Iterable[tuple[str, str | Sequence[int]]]) -> None:
-        """Raises `ValueError` where a text is too long for any model, before it is tokenized."""
+        """Raises `ContextLengthError` where a text is too long for any model, before it is
+        tokenized."""
         for field, text in texts:
             unit, most = (
                 ("characters", self.longest) if isinstance(text, str) else ("tokens", self.context)
             )
             if len(text) > most:
-                raise ValueError(
-                    f"`{field}` has {len(text)} {unit}; at most {most} are taken, since the models "
-                    f"take {self.context} tokens"
+                raise ContextLengthError(
+                    f"`{field}` has {len(text)} {unit}; at most {most} are taken"
                 )
 
     async def answer(self, model: str, request: Body | None, id: str) -> AsyncGenerator[Item, None]:
@@ -110,6 +110,8 @@ class Replica:
             async with aclosing(self._answer(model, request, id)) as items:
                 async for item in items:
                     yield item
+        except ContextLengthError as error:
+            yield Problem.too_long(error, request.texts if request else (), self.context)
         except ValueError as error:
             yield Problem.invalid(error)
         except EngineError:
