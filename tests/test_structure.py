@@ -16,7 +16,7 @@ LIBRARIES = {
     "ray": {"bench", "engine.actors", "engine.capacity", "engine.checks", "engine.engine"}
     | {"engine.placement", "serving.app", "serving.experts", "serving.http"},
     "fastapi": {"serving.http"},
-    "starlette": {"serving.app", "serving.http"},
+    "starlette": {"serving.app", "serving.guard", "serving.http"},
     "pydantic": {"serving"},
     "zmq": {"bench", "engine.transport"},
     "transformers": {"bench_backends", "models", "training.demo", "training.train"},

@@ -15,7 +15,11 @@ def serve(
     host: Annotated[str, typer.Option(help="0.0.0.0 is for everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where it listens.", min=1, max=65535)] = 8000,
     model_name: Annotated[
-        str | None, typer.Option(help="What requests give as `model`; the file's name if not set.")
+        list[str] | None,
+        typer.Option(
+            help="What requests give as `model`; the file's name if not set. Given several times, "
+            "each is a name of the family."
+        ),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, where the tokenizer has no chat template.")
@@ -37,7 +41,7 @@ def serve(
     with errors():
         model = Model(family=str(family), chat_template=chat_template)
         settings = Settings(
-            families={model_name or family.stem: model},
+            families=dict.fromkeys(model_name or [family.stem], model),
             max_queued=max_queued,
             allow_expert_updates=allow_expert_updates,
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from dlf_ray.engine.output import Output
 from dlf_ray.metrics import Span, chrome_trace
-from dlf_ray.serving.openai import ChatRequest, CompletionRequest, Json
+from dlf_ray.serving.openai import ChatRequest, CompletionRequest
+from dlf_ray.serving.wire import Json
 
 LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot write; the number is vLLM's."""

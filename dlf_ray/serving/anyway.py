@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from dlf_ray.serving.wire import AnyObject, Listed, Name, Only, Text, Wire, at_most
+from dlf_ray.serving.wire import AnyObject, Listed, Name, Only, Wire, at_most
 
 MAX_LABELS, MAX_LABEL = 16, 512
 """Of a request's metadata, and characters of each, as at OpenAI."""

@@ -33,9 +33,10 @@ from dlf_ray.engine.output import EngineError
 from dlf_ray.engine.placement import check_cluster, label_selectors, needs, resources, settled
 from dlf_ray.models.worker import ModelWorker
 from dlf_ray.serving.experts import Follower, Report
-from dlf_ray.serving.http import Guard, Router, digest, http_app
-from dlf_ray.serving.openai import Json
+from dlf_ray.serving.guard import Guard, digest
+from dlf_ray.serving.http import Router, http_app
 from dlf_ray.serving.replica import Model, Replica
+from dlf_ray.serving.wire import Json
 
 FRONT_CPUS = 0.1
 """Of the ingress and of a replica's own process: they tokenize and write JSON, little else."""

@@ -30,14 +30,13 @@ from dlf_ray.serving.openai import (
     CompletionRequest,
     DetokenizeRequest,
     FusionSettings,
-    Json,
     Problem,
-    Prompt,
     ScoreRequest,
     TokenizeRequest,
     listed,
     seeded,
 )
+from dlf_ray.serving.wire import Json, Prompt
 
 STREAM_END = b"data: [DONE]\n\n"
 SHORT = 2**15
@@ -85,6 +84,10 @@ class Replica:
         tokenizer.encode("")
         self._brief = ThreadPoolExecutor(2 if tokenizer.is_fast else 1)
         self._lengthy = ThreadPoolExecutor(1) if tokenizer.is_fast else self._brief
+
+    async def card(self) -> Json:
+        """What lists of models say of the family."""
+        return {"root": self.engine.family.large.model, "max_model_len": self.context}
 
     async def _aside(self, size: int, function: Callable[..., T], *args: object) -> T:
         """Runs a function beside the loop whose time grows with `size`: what is short does not wait

@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from dlf_ray.serving.http import READY_EVERY_S, Guard, Router, http_app
+from dlf_ray.serving.guard import Guard, digest
+from dlf_ray.serving.http import READY_EVERY_S, Router, http_app
 
 LIMIT = 1000
 
@@ -14,7 +15,7 @@ LIMIT = 1000
 class Families:
     """In the place of a router."""
 
-    def listing(self):
+    async def listing(self):
         return {"object": "list", "data": []}
 
     async def answer(self, request, body, model):
@@ -99,6 +100,33 @@ def test_a_body_that_says_it_is_too_large_is_not_read(guard, length):
     never = RuntimeError("was read")
     (status,), _ = asked(guard, "/v1/score", "POST", [("content-length", length)], [], never)
     assert status == 413
+
+
+def test_the_head_of_an_answer(guard, caplog):
+    (status,), body = asked(guard, method="HEAD")
+    assert (status, body) == (200, b"")
+    assert logged(caplog)["method"] == "HEAD"
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer the key", 200),
+        ("bearer the key", 200),
+        ("BEARER   the key ", 200),
+        ("Bearer another", 401),
+        ("Bearer", 401),
+        ("the key", 401),
+        ("Basic the key", 401),
+        ("", 401),
+    ],
+)
+def test_a_key_is_taken_as_clients_write_it(header, status):
+    guard = Guard(http_app(Families(), LIMIT), [digest(b"the key")], LIMIT)
+    (found,), body = asked(guard, headers=[("authorization", header)])
+    assert found == status
+    if status == 401:
+        assert json.loads(body)["error"]["code"] == "invalid_api_key"
 
 
 def test_a_request_without_an_id_gets_one(guard, caplog):

@@ -191,7 +191,7 @@ def test_tools_that_are_not_to_be_called_are_not_shown():
         ({"continue_final_message": True}, "continue_final_message", "false"),
         ({"metadata": {"run": 7}}, "metadata.run", "string"),
         ({"metadata": {str(k): "x" for k in range(17)}}, "metadata", "16"),
-        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfus", "false"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obf", "false"),
         ({"messages": [{**MESSAGE, "role": "tool"}]}, "messages.0.role", "user"),
         ({"messages": [{**MESSAGE, "tool_calls": [{}]}]}, "messages.0.tool_calls", "tool calling"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "required"),

@@ -143,7 +143,7 @@ def test_what_has_too_many_tokens_is_refused_by_its_field(made):
 )
 def test_what_leaves_no_room_to_answer_is_refused_by_its_field(made, request_, field):
     """The engine says so, by the name of a setting that is not the client's."""
-    made.engine.limits = Limits({"large": 1}, 300, (0,))
+    made.engine.limits = Limits(dict.fromkeys(made.engine.family.models, 1), 300, (0,))
 
     async def refuses(prompt, *_, **fusion):
         request = Request(id=0, prompt=(5,) * 9, fusion=resolve(made.engine.family, {}))
