@@ -24,9 +24,11 @@ from dlf_ray.messages import (
     MAX_STOPS,
     ContextLengthError,
     SamplingParams,
+    StructuredOutputs,
 )
 from dlf_ray.rules import RULES, Rule, Select
 from dlf_ray.serving.anyway import HINTS, Anyway, AnywayInChat, AnywayInMessage, AnywayInText, No
+from dlf_ray.serving.shapes import ResponseFormat, Structured
 from dlf_ray.serving.wire import (
     MAX_NAME,
     MAX_NAMES,
@@ -92,10 +94,6 @@ class StreamOptions(Wire):
     include_obfuscation: No = False
 
 
-class TextFormat(Wire):
-    type: Literal["text"]
-
-
 class Generate(Anyway):
     """What completions and chat completions have in common."""
 
@@ -128,7 +126,8 @@ class Generate(Anyway):
         Field(max_length=MAX_BIASES),
     ] = {}
     """Token ids, as strings."""
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structured | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     fusion: FusionRequest = FusionRequest()
@@ -139,7 +138,16 @@ class Generate(Anyway):
             raise ValueError("`best_of` is not supported, unless it equals `n`")
         if "stream_options" in self.model_fields_set and not self.stream:
             raise ValueError("`stream_options` needs `stream`")
+        _ = self.shape  # it says itself what is wrong with it
         return self
+
+    @property
+    def shape(self) -> StructuredOutputs | None:
+        """What answers must be like. Raises `ValueError` with the field's name."""
+        shaped = self.response_format.shape if self.response_format else None
+        if shaped and self.structured_outputs:
+            raise ValueError("give `response_format` or `structured_outputs`, not both")
+        return self.structured_outputs.shape if self.structured_outputs else shaped
 
     def _sampling(self, max_tokens: int, **logprobs: int | None) -> SamplingParams:
         return SamplingParams(
@@ -157,6 +165,7 @@ class Generate(Anyway):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            structured_outputs=self.shape,
             **logprobs,
         )
 
@@ -408,7 +417,6 @@ def _said(error: Mapping[str, Any]) -> str:
 
 def _place(loc: Sequence[str | int]) -> str:
     """A field's name from ("body", field, ...), up to where types are named that it may have."""
-    parts = itertools.takewhile(
-        lambda part: not re.fullmatch(r"str|(list|function-after)\[.*\]", part), map(str, loc[1:])
-    )
+    kind = re.compile(r"str|constrained-str|(dict|list|function-\w+)\[.*\]")
+    parts = itertools.takewhile(lambda part: not kind.fullmatch(part), map(str, loc[1:]))
     return ".".join(parts)

@@ -2,11 +2,12 @@
 
 import math
 
+import msgspec
 import pytest
 from pydantic import ValidationError
 
 from dlf_ray.engine.output import Output
-from dlf_ray.messages import SamplingParams
+from dlf_ray.messages import SamplingParams, StructuredOutputs
 from dlf_ray.serving.answers import Answer, Tokens, chat_logprobs, completion_logprobs
 from dlf_ray.serving.openai import (
     ChatRequest,
@@ -60,7 +61,7 @@ def test_null_is_absent():
         ({"best_of": 2}, "best_of", "equals `n`"),
         ({"prompt": "half \ud800"}, "prompt", "surrogate"),
         ({"stop": ["\udfff"]}, "stop", "surrogate"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "text"),
         ({"logit_bias": {"one": 1.0}}, "logit_bias.one.[key]", "pattern"),
         ({"model": "m" * 257}, "model", "256"),
         ({"user": "m" * 257}, "user", "256"),
@@ -205,6 +206,150 @@ def test_what_a_chat_refuses_is_named(body, param, words):
     assert found.param.startswith(param)
     assert f"`{param}" in found.message
     assert words in found.message
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": FORMAT}, {"json": SCHEMA}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "any",
+                        "schema": {},
+                        "strict": False,
+                        "description": "Anything.",
+                    },
+                }
+            },
+            {"json": {}},
+        ),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None}}, {"json": SCHEMA}),
+        ({"structured_outputs": {"json": '{"type": "object"}'}}, {"json": '{"type": "object"}'}),
+        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, {"regex": "[0-9]+"}),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, {"choice": ("yes", "no")}),
+        ({"structured_outputs": {"grammar": 'start: "x"'}}, {"grammar": 'start: "x"'}),
+        (
+            {"structured_outputs": {"regex": "x"}, "response_format": {"type": "text"}},
+            {"regex": "x"},
+        ),
+        (
+            {"structured_outputs": {"regex": "x", "disable_any_whitespace": False}},
+            {"regex": "x"},
+        ),
+    ],
+    ids=str,
+)
+def test_shapes_of_answers_arrive(body, shape):
+    expected = shape and StructuredOutputs(**shape)
+    assert sampling(CompletionRequest, prompt="x", **body).structured_outputs == expected
+    chat = sampling(ChatRequest, messages=[MESSAGE], **body)
+    assert chat.structured_outputs == expected
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(chat), type=SamplingParams)
+    assert sent == chat
+
+
+def nested(levels):
+    schema = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("shape", "param", "words"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs", "exactly one"),
+        (
+            {"structured_outputs": {"regex": "x", "json_object": True}},
+            "structured_outputs",
+            "exactly one",
+        ),
+        (
+            {"structured_outputs": {"regex": "x"}, "response_format": {"type": "json_object"}},
+            "response_format",
+            "not both",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "`json_schema`"),
+        ({"response_format": {**FORMAT, "type": "json_object"}}, "response_format", "json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "required",
+        ),
+        ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "string"),
+        ({"structured_outputs": {"regex": "x" * 4097}}, "structured_outputs.regex", "4096"),
+        ({"structured_outputs": {"grammar": "x" * 65537}}, "structured_outputs.grammar", "65536"),
+        ({"structured_outputs": {"json": "x" * 65537}}, "structured_outputs.json", "65536"),
+        (
+            {"structured_outputs": {"json": {"title": "x" * 65537}}},
+            "structured_outputs.json",
+            "65536",
+        ),
+        ({"structured_outputs": {"json": nested(65)}}, "structured_outputs.json", "64 levels"),
+        ({"structured_outputs": {"json": "[" * 65}}, "structured_outputs.json", "64 levels"),
+        ({"structured_outputs": {"json": nested(900)}}, "structured_outputs.json", "64 levels"),
+        ({"structured_outputs": {"choice": ["x"] * 1025}}, "structured_outputs.choice", "1024"),
+        ({"structured_outputs": {"choice": ["x" * 1025]}}, "structured_outputs.choice.0", "1024"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice.0", "1"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.struct", "supported"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"title": "x" * 65537}},
+                }
+            },
+            "response_format.json_schema.schema",
+            "65536",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_shapes_that_are_refused_are_named(shape, param, words):
+    found = problem(**{"prompt": "x", **shape})
+    assert found.status == 400
+    assert found.param.startswith(param)
+    assert words in found.message
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"regex": "x" * 4097},
+        {"grammar": "x" * 65537},
+        {"json": "x" * 65537},
+        {"json": {"title": "x" * 65537}},
+        {"json": nested(65)},
+        {"json": nested(100_000)},
+        {"json": {"maximum": 10**30}},
+        {"json": {"half \ud800": 1}},
+        {"json": {"set": {1}, "x": object()}},
+        {"choice": ("x",) * 1025},
+        {"choice": ("x" * 1025,)},
+        {"choice": ("",)},
+    ],
+    ids=lambda shape: str(shape)[:40],
+)
+def test_programs_have_the_same_limits(shape):
+    (name,) = shape
+    with pytest.raises(ValueError, match=f"structured_outputs.{name}"):
+        StructuredOutputs(**shape)
+
+
+def test_brackets_in_the_strings_of_a_schema_do_not_nest():
+    text = '{"title": "' + "[" * 100 + '\\"{"}'
+    assert StructuredOutputs(json=text).json == text
 
 
 def test_a_message_is_taken_as_clients_keep_it():
