@@ -27,6 +27,10 @@ def serve(
     max_queued: Annotated[int, typer.Option(help="Sequences that may wait for a slot.", min=0)] = (
         256
     ),
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Of pages elsewhere that may ask, each by itself; `*` for all."),
+    ] = None,
     allow_expert_updates: Annotated[
         bool, typer.Option("--allow-expert-updates", help="Let `dlf expert` change the family.")
     ] = False,
@@ -43,6 +47,7 @@ def serve(
         settings = Settings(
             families=dict.fromkeys(model_name or [family.stem], model),
             max_queued=max_queued,
+            cors_allow_origins=allowed_origins or [],
             allow_expert_updates=allow_expert_updates,
         )
         run_server(settings, host, port, say=partial(console.print, soft_wrap=True))

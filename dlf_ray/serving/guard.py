@@ -1,4 +1,4 @@
-"""Around the routes: API keys, sizes, the log, clients that leave."""
+"""Around the routes: API keys, sizes, the log, clients that leave, pages of other origins."""
 
 import hashlib
 import hmac
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +24,20 @@ OPEN_PATHS = ("/", "/health", "/ready")
 LEFT = 499
 """The status in the log of a request whose client did not wait for the end of its answer."""
 log = logging.getLogger("ray.serve")
+
+
+def with_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """An application that pages of these origins may ask, or of all with `*`. Whether they may is
+    asked before they send their key."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After", "X-Request-Id"],
+    )
 
 
 def refusal(problem: Problem) -> Response:

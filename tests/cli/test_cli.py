@@ -44,6 +44,16 @@ def test_a_family_is_served_under_the_names_that_are_given(file, served):
         assert list(served.pop().families) == names
 
 
+def test_pages_of_other_origins_are_named_one_by_one(file, served):
+    origins = ["https://chat.example.com", "http://localhost:3000"]
+    shown = dlf("serve", file, *(word for each in origins for word in ("--allowed-origins", each)))
+    assert shown.exit_code == 0, shown.output
+    assert served.pop().cors_allow_origins == origins
+    shown = dlf("serve", file, "--allowed-origins", '["*"]')
+    assert shown.exit_code == 1
+    assert "is no origin" in shown.output
+
+
 @pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["demo"], ["bench"]], ids=str)
 def test_help_explains(command):
     shown = dlf(*command, "--help")
