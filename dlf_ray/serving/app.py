@@ -77,8 +77,8 @@ class Settings(BaseModel):
         for origin in origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: give `*` or one as https://chat.example.com, without "
-                    "a path"
+                    f"{origin!r} is no origin: give `*`, or one without a path, such as "
+                    "https://chat.example.com"
                 )
         return origins
 

@@ -6,7 +6,6 @@ A plain class; `serve` runs it as a deployment.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -36,6 +35,7 @@ from dlf_ray.serving.openai import (
     listed,
     seeded,
 )
+from dlf_ray.serving.tokens import Reading, token_bytes
 from dlf_ray.serving.wire import Json, Prompt
 
 STREAM_END = b"data: [DONE]\n\n"
@@ -78,6 +78,7 @@ class Replica:
         tokenizer = engine.tokenizer
         self.longest = self.context * max(map(len, tokenizer.get_vocab()))
         """The most characters that the tokens of a context read."""
+        self._token_bytes = token_bytes(tokenizer)
         # Those written in Rust let go of Python's lock, and change nothing in themselves once they
         # have left off what their file says of padding and cutting. None is made for more than one
         # thread else.
@@ -171,7 +172,7 @@ class Replica:
             model=model,
             prompts=[each.ids for each in asked],
             echoes=[each.text for each in asked],
-            text=self._token_text,
+            bytes_of=self._token_bytes,
             spans=[tokenized],
         )
         if request.stream:
@@ -222,7 +223,10 @@ class Replica:
         outputs = await together([self.engine.ascore(*pair, **options) for pair in pairs])
         data = []
         for index, ((_, rest), output) in enumerate(zip(pairs, outputs, strict=True)):
-            logprobs = [finite(each) for each in output.logprobs]
+            logprobs, reading = (
+                [finite(each) for each in output.logprobs],
+                Reading(self._token_bytes),
+            )
             data.append(
                 {
                     "index": index,
@@ -230,7 +234,7 @@ class Replica:
                     "score": sum(logprobs),
                     "is_greedy": all(output.greedy),
                     "token_ids": rest,
-                    "tokens": [self._token_text(token) for token in rest],
+                    "tokens": [reading.take(token) for token in rest],
                     "token_logprobs": logprobs,
                 }
             )
@@ -351,11 +355,6 @@ class Replica:
             raise ValueError(
                 f"`{field}` holds token {strange[0]}, outside the vocabulary of {vocab}"
             )
-
-    @functools.cached_property
-    def _token_text(self) -> Callable[[int], str]:
-        """What one token reads; asked for often."""
-        return functools.cache(lambda token: self._read([token], "tokens"))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from dlf_ray.serving.openai import (
     TokenizeRequest,
     seeded,
 )
+from dlf_ray.serving.tokens import Reading
 
 
 def asked(**body):
@@ -469,7 +470,7 @@ def test_continuations_pair_up():
         )
 
 
-WORDS = {1: "a", 2: "bb", 3: "a", 4: "\ufffd"}
+WORDS = {1: b"a", 2: b"bb", 3: b"a", 4: b"\xc3", 5: b"\xa9", 6: b"\xbc"}
 
 
 def test_log_probabilities_of_completions():
@@ -480,32 +481,60 @@ def test_log_probabilities_of_completions():
         prompt_logprobs=[-1.0],
         prompt_top_logprobs=[{1: -0.25}],
     )
-    shown = completion_logprobs(Tokens.of(output, prompt=[1, 2]), WORDS.get, offset=10)
+    shown = completion_logprobs(Tokens.of(output, prompt=[1, 2]), Reading(WORDS.get))
     assert shown == {
-        "tokens": ["a", "bb", "bb", "\ufffd"],
+        "tokens": ["a", "bb", "bb", ""],
         "token_logprobs": [None, -1.0, -0.5, -9999.0],
         # The more probable of two tokens that read alike; the chosen one is always there.
         "top_logprobs": [
             None,
             {"a": -0.25, "bb": -1.0},
             {"bb": -0.5, "a": -2.0},
-            {"a": -0.1, "\ufffd": -9999.0},
+            {"a": -0.1, "": -9999.0},
         ],
-        "text_offset": [10, 11, 13, 15],
+        "text_offset": [0, 1, 3, 5],
     }
 
 
 def test_log_probabilities_of_chats():
     output = Output(token_ids=[2, 4], logprobs=[-0.5, -1.0], top_logprobs=[{2: -0.5}, {}])
-    first, second = chat_logprobs(Tokens.of(output), WORDS.get)["content"]
+    first, _ = chat_logprobs(Tokens.of(output), Reading(WORDS.get))["content"]
     entry = {"token": "bb", "logprob": -0.5, "bytes": [98, 98]}
     assert first == {**entry, "top_logprobs": [entry]}
-    assert second["bytes"] is None  # a part of a character
+
+
+def test_tokens_that_are_a_part_of_a_character():
+    """The last one reads as all of it, each has its own bytes, and others stand in its place."""
+    output = Output(
+        token_ids=[1, 4, 5, 2],
+        logprobs=[-0.1, -0.2, -0.3, -0.4],
+        top_logprobs=[{}, {4: -0.2, 2: -0.9}, {5: -0.3, 6: -0.4, 1: -0.9}, {}],
+    )
+    content = chat_logprobs(Tokens.of(output), Reading(WORDS.get))["content"]
+    assert [each["token"] for each in content] == ["a", "", "é", "bb"]
+    assert [bytes(each["bytes"]) for each in content] == [WORDS[id] for id in output.token_ids]
+    tops = [{top["token"]: bytes(top["bytes"]) for top in e["top_logprobs"]} for e in content]
+    assert tops[1] == {"": b"\xc3", "bb": b"bb"}
+    assert tops[2] == {"é": b"\xa9", "ü": b"\xbc", "\ufffda": b"a"}
+    shown = completion_logprobs(Tokens.of(output), Reading(WORDS.get))
+    assert shown["tokens"] == ["a", "", "é", "bb"]
+    assert shown["text_offset"] == [0, 1, 1, 2]
+    assert shown["top_logprobs"][2] == {"é": -0.3, "ü": -0.4, "\ufffda": -0.9}
+
+
+def test_a_character_may_come_in_several_chunks():
+    made = answer(asked(prompt="x", logprobs=0, stream=True))
+    shown = []
+    for text, token in (("a", 1), ("", 4), ("é", 5), ("bb", 2)):
+        (chunk,) = made.chunks(0, Output(text=text, token_ids=[token], logprobs=[-1.0]))
+        shown.append(chunk["choices"][0]["logprobs"])
+    assert [each["tokens"] for each in shown] == [["a"], [""], ["é"], ["bb"]]
+    assert [each["text_offset"] for each in shown] == [[0], [1], [1], [2]]
 
 
 def answer(request, prompts=((1, 2),)):
     echoes = ["a bb"] * len(prompts)
-    return Answer(request, "id", "dlf", prompts, text=WORDS.get, echoes=echoes)
+    return Answer(request, "id", "dlf", prompts, bytes_of=WORDS.get, echoes=echoes)
 
 
 def test_scores_of_an_echoed_prompt_wait_for_the_first_token():
