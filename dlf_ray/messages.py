@@ -11,6 +11,8 @@ Two kinds of traffic, neither of them pickled:
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +26,13 @@ MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 """Stop strings of a request, and characters of each: they are looked for at every token."""
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
+MAX_SHAPE, MAX_REGEX = 2**16, 2**12
+"""Characters of a JSON schema or a grammar, and of a regular expression, that answers have to fit:
+they are compiled before a request runs."""
+MAX_NESTING = 64
+"""Objects and arrays inside each other in such a schema, as in vLLM."""
+TOO_DEEP = f"`structured_outputs.json` nests more than {MAX_NESTING} levels deep"
+MAX_CHOICES, MAX_CHOICE_LENGTH = 1024, 1024
 MAX_CANDIDATES = 256
 """Of a step's search for weights, over the bounds of all experts of a request together."""
 MAX_WEIGHT = 100.0
@@ -32,6 +41,10 @@ PAPERS_CANDIDATES = 21
 """Those of the paper's grid, which every expert may have however many there are."""
 NOTHING: tuple[object, ...] = (None, False, ())
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class ContextLengthError(ValueError):
+    """A prompt for which the models have no room: what a client can shorten."""
 
 
 def check_candidates(bounds: Sequence[tuple[float, float]], step: float) -> None:
@@ -67,6 +80,46 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             raise ValueError(
                 f"`structured_outputs` takes exactly one of {listed}, not {given or 'none'}"
             )
+        schema = self.json if isinstance(self.json, str) else _json_text(self.json)
+        texts = {"json": schema, "grammar": self.grammar or "", "regex": self.regex or ""}
+        for name, text in texts.items():
+            most = MAX_REGEX if name == "regex" else MAX_SHAPE
+            if len(text) > most:
+                raise ValueError(
+                    f"`structured_outputs.{name}` has {len(text)} characters; at most {most} are "
+                    "taken"
+                )
+        if _nesting(schema) > MAX_NESTING:
+            raise ValueError(TOO_DEEP)
+        if len(self.choice) > MAX_CHOICES:
+            raise ValueError(
+                f"`structured_outputs.choice` has {len(self.choice)} entries; at most "
+                f"{MAX_CHOICES} are taken"
+            )
+        if not all(0 < len(each) <= MAX_CHOICE_LENGTH for each in self.choice):
+            raise ValueError(
+                f"each of `structured_outputs.choice` must have 1 to {MAX_CHOICE_LENGTH} characters"
+            )
+
+
+def _json_text(schema: dict[str, Any] | None) -> str:
+    """A schema as text. Raises `ValueError` where it cannot be sent."""
+    if schema is None:
+        return ""
+    try:
+        msgspec.msgpack.encode(schema)  # which has room for fewer numbers than JSON
+        return msgspec.json.encode(schema).decode()
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"`structured_outputs.json` is no JSON schema: {error}") from None
+
+
+def _nesting(text: str) -> int:
+    """How many objects and arrays are inside each other in a JSON text."""
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", bare))
+    return max(itertools.accumulate(steps), default=0)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -479,7 +532,8 @@ class Limits:
                 raise ValueError(f"no model {name!r} is loaded; there are {list(self.lengths)}")
 
     def check(self, request: Request) -> None:
-        """Raises `ValueError`, saying what to change, where the request cannot be served."""
+        """Raises `ValueError`, saying what to change, where the request cannot be served; for a
+        prompt that is too long, a `ContextLengthError`."""
         fusion = request.fusion
         self.check_names((*request.prompts, *request.models))
         if not (request.sampling.max_tokens or request.continuation):
@@ -506,13 +560,13 @@ class Limits:
                 )
             size, room = len(tokens) + len(request.continuation), self.lengths[name]
             if not request.sampling.max_tokens and size - 1 > room:
-                raise ValueError(
+                raise ContextLengthError(
                     f"prompt and continuation have {size} tokens, of which model {name!r} takes "
                     f"{room}; shorten the prompt or raise `engine.max_model_len`, if the model's "
                     "context allows"
                 )
             if request.sampling.max_tokens and size >= room:
-                raise ValueError(
+                raise ContextLengthError(
                     f"the prompt of model {name!r} has {size} tokens, which leaves no room "
                     f"to answer in its {room}; shorten it or raise `engine.max_model_len`, if the "
                     "model's context allows"

@@ -11,7 +11,8 @@ BAD = [
     ({"prompt": "x", "model": None}, 200, ""),  # all names are of one family: the first answers
     ({"prompt": "x", "tools": []}, 400, "`tools`"),
     ({"prompt": "x", "suffix": "y"}, 400, "`suffix`"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, 400, "`response_format.type`"),
+    ({"prompt": "x", "response_format": {"type": "yaml"}}, 400, "`response_format.type`"),
+    ({"prompt": "x", "structured_outputs": {}}, 400, "`structured_outputs`"),
     ({"prompt": "x", "best_of": 3}, 400, "`best_of`"),
     ({"prompt": "x", "no_such_field": 1}, 400, "`no_such_field`"),
     ({"prompt": "x", "fusion": {"rules": "grid"}}, 400, "`fusion.rules`"),
@@ -72,12 +73,15 @@ def meant(body, path):
     if path not in MEANT:
         return body
     made = {name: value for name, value in body.items() if value is not None} | MEANT[path]
-    for name in ("n", "best_of", "prompts", "max_completion_tokens", "response_format"):
+    shapes = ("response_format", "structured_outputs")
+    for name in ("n", "best_of", "prompts", "max_completion_tokens", *shapes):
         made.pop(name, None)
     if not made.get("stream"):
         made.pop("stream_options", None)
     if made.get("top_logprobs"):
         made["logprobs"] = True
+    if made.get("tools"):
+        made["tool_choice"] = "none"
     made["min_tokens"] = min(made.get("min_tokens", 0), 1)
     made["stop_token_ids"] = [token % 300 for token in made.get("stop_token_ids", [])]
     made["logit_bias"] = {

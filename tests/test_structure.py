@@ -16,8 +16,8 @@ LIBRARIES = {
     "ray": {"bench", "engine.actors", "engine.capacity", "engine.checks", "engine.engine"}
     | {"engine.placement", "serving.app", "serving.experts", "serving.http"},
     "fastapi": {"serving.http"},
-    "starlette": {"serving.app", "serving.http"},
-    "pydantic": {"serving.app", "serving.openai", "serving.replica"},
+    "starlette": {"serving.app", "serving.guard", "serving.http"},
+    "pydantic": {"serving"},
     "zmq": {"bench", "engine.transport"},
     "transformers": {"bench_backends", "models", "training.demo", "training.train"},
     "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},

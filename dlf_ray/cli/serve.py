@@ -15,7 +15,11 @@ def serve(
     host: Annotated[str, typer.Option(help="0.0.0.0 is for everybody.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where it listens.", min=1, max=65535)] = 8000,
     model_name: Annotated[
-        str | None, typer.Option(help="What requests give as `model`; the file's name if not set.")
+        list[str] | None,
+        typer.Option(
+            help="What requests give as `model`; the file's name if not set. Given several times, "
+            "each is a name of the family."
+        ),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, where the tokenizer has no chat template.")
@@ -23,6 +27,10 @@ def serve(
     max_queued: Annotated[int, typer.Option(help="Sequences that may wait for a slot.", min=0)] = (
         256
     ),
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Of pages elsewhere that may ask, each by itself; `*` for all."),
+    ] = None,
     allow_expert_updates: Annotated[
         bool, typer.Option("--allow-expert-updates", help="Let `dlf expert` change the family.")
     ] = False,
@@ -37,8 +45,9 @@ def serve(
     with errors():
         model = Model(family=str(family), chat_template=chat_template)
         settings = Settings(
-            families={model_name or family.stem: model},
+            families=dict.fromkeys(model_name or [family.stem], model),
             max_queued=max_queued,
+            cors_allow_origins=allowed_origins or [],
             allow_expert_updates=allow_expert_updates,
         )
         run_server(settings, host, port, say=partial(console.print, soft_wrap=True))

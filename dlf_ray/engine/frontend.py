@@ -20,7 +20,14 @@ from dlf_ray.decoding.structured import grammar
 from dlf_ray.engine.chat import Conversation, Rendered, Templates, assigned, render
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output, raised
-from dlf_ray.messages import Chunk, FusionParams, Limits, Request, SamplingParams
+from dlf_ray.messages import (
+    Chunk,
+    ContextLengthError,
+    FusionParams,
+    Limits,
+    Request,
+    SamplingParams,
+)
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids as they are."""
@@ -367,6 +374,8 @@ class BaseEngine(ABC):
             self.limits.check(request)
             if sampling.structured_outputs is not None:
                 grammar(sampling.structured_outputs)
+        except ContextLengthError as error:
+            raise ContextLengthError(where + str(error)) from None
         except ValueError as error:
             raise ValueError(where + str(error)) from None
         return request

@@ -1,8 +1,10 @@
 """OpenAI's API for families, as an application for Ray Serve: `dlf_ray.serving:build_app`.
 
-`app` are the deployments, `http` the routes, `openai` the requests, `answers` what is said to them,
-`replica` a family behind them, `experts` those that join or leave it meanwhile. FastAPI and Serve
-are imported nowhere else.
+`app` are the deployments, `http` the routes, `guard` what stands around them, `openai` the
+requests, `wire` what their fields are made of, `anyway` those fields that change nothing, `shapes`
+those that say what answers must be like, `answers` what is said to them, `tokens` what single
+tokens read, `replica` a family behind them, `experts` those that join or leave it meanwhile.
+FastAPI and Serve are imported nowhere else.
 """
 
 from __future__ import annotations

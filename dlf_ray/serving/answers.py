@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dlf_ray.engine.output import Output
 from dlf_ray.metrics import Span, chrome_trace
-from dlf_ray.serving.openai import ChatRequest, CompletionRequest, Json
+from dlf_ray.serving.openai import ChatRequest, CompletionRequest
+from dlf_ray.serving.tokens import BytesOf, Reading
+from dlf_ray.serving.wire import Json
 
 LOWEST = -9999.0
 """Stands for the logarithm of 0, which JSON cannot write; the number is vLLM's."""
@@ -41,22 +43,20 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST)
 
 
-def completion_logprobs(tokens: Tokens, text: Callable[[int], str], offset: int = 0) -> Json:
-    """The `logprobs` of a completion; `text` is what one token reads, `offset` where they begin."""
-    shown = [text(token) for token in tokens.ids]
+def completion_logprobs(tokens: Tokens, reading: Reading) -> Json:
+    """The `logprobs` of a completion, of tokens that go on with a text."""
+    shown: list[str] = []
     offsets: list[int] = []
     tops: list[dict[str, float] | None] = []
-    for token, logprob, top in zip(shown, tokens.logprobs, tokens.top, strict=True):
-        offsets.append(offset)
-        offset += len(token)
-        if logprob is None:
-            tops.append(None)
-            continue
+    for id, logprob, top in zip(tokens.ids, tokens.logprobs, tokens.top, strict=True):
         named: dict[str, float] = {}
-        for id, value in top.items():  # the most probable of those that read alike stays
-            named.setdefault(text(id), finite(value))
-        named.setdefault(token, finite(logprob))
-        tops.append(named)
+        for other, value in top.items():  # the most probable of those that read alike stays
+            named.setdefault(reading.instead(other), finite(value))
+        offsets.append(reading.length)
+        shown.append(reading.take(id))
+        if logprob is not None:
+            named.setdefault(shown[-1], finite(logprob))
+        tops.append(None if logprob is None else named)
     return {
         "tokens": shown,
         "token_logprobs": [None if value is None else finite(value) for value in tokens.logprobs],
@@ -65,21 +65,18 @@ def completion_logprobs(tokens: Tokens, text: Callable[[int], str], offset: int 
     }
 
 
-def chat_logprobs(tokens: Tokens, text: Callable[[int], str]) -> Json:
-    """The `logprobs` of a chat completion."""
+def chat_logprobs(tokens: Tokens, reading: Reading) -> Json:
+    """The `logprobs` of a chat completion, of tokens that go on with a text."""
 
-    def entry(token: int, logprob: float | None) -> Json:
-        read = text(token)
-        # Bytes of a part of a character are not known from what it reads.
-        known = None if "\ufffd" in read else list(read.encode())
+    def entry(token: int, read: str, logprob: float | None) -> Json:
+        known = list(reading.bytes_of(token))
         return {"token": read, "logprob": finite(logprob or 0.0), "bytes": known}
 
-    return {
-        "content": [
-            {**entry(id, logprob), "top_logprobs": [entry(*each) for each in top.items()]}
-            for id, logprob, top in zip(tokens.ids, tokens.logprobs, tokens.top, strict=True)
-        ]
-    }
+    content = []
+    for id, logprob, top in zip(tokens.ids, tokens.logprobs, tokens.top, strict=True):
+        others = [entry(other, reading.instead(other), value) for other, value in top.items()]
+        content.append({**entry(id, reading.take(id), logprob), "top_logprobs": others})
+    return {"content": content}
 
 
 def shown_fusion(output: Output) -> Json:
@@ -109,8 +106,7 @@ class Answer:
     model: str
     prompts: Sequence[Sequence[int]]
     """The prompt of each choice, of the large model where they differ."""
-    text: Callable[[int], str]
-    """What one token reads."""
+    bytes_of: BytesOf
     echoes: Sequence[str]
     """What the prompt of each choice reads."""
     spans: Sequence[Span] = ()
@@ -118,8 +114,8 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     generated: int = 0
     """Tokens so far."""
-    _offsets: dict[int, int] = field(default_factory=dict)
-    """Of each choice that has begun: where its next token begins in the text."""
+    _readings: dict[int, Reading] = field(default_factory=dict)
+    """Of each choice that has begun."""
     _held: dict[int, Output] = field(default_factory=dict)
     """Scores of echoed prompts, which come before anything is generated."""
 
@@ -144,7 +140,7 @@ class Answer:
             output.prompt_logprobs = held.prompt_logprobs
             output.prompt_top_logprobs = held.prompt_top_logprobs
         opening = []
-        if isinstance(self.request, ChatRequest) and index not in self._offsets:
+        if isinstance(self.request, ChatRequest) and index not in self._readings:
             delta = {"role": "assistant", "content": ""}
             opening = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
         made = [*opening, self._choice(index, output, whole=False)]
@@ -173,21 +169,20 @@ class Answer:
         }
 
     def _choice(self, index: int, output: Output, whole: bool) -> Json:
-        request, first = self.request, index not in self._offsets
+        request, first = self.request, index not in self._readings
         self.generated += len(output.token_ids)
-        offset = self._offsets.setdefault(index, 0)
+        reading = self._readings.setdefault(index, Reading(self.bytes_of))
         choice: Json = {"index": index}
         if isinstance(request, ChatRequest):
             delta = {"role": "assistant"} if whole else {}
             choice["message" if whole else "delta"] = {**delta, "content": output.text}
-            given = chat_logprobs(Tokens.of(output), self.text) if request.logprobs else None
+            given = chat_logprobs(Tokens.of(output), reading) if request.logprobs else None
         else:
             echoed = self.prompts[index] if request.echo and first else ()
             choice["text"] = (self.echoes[index] if echoed else "") + output.text
             given = None
             if request.logprobs is not None:
-                given = completion_logprobs(Tokens.of(output, echoed), self.text, offset)
-                self._offsets[index] += sum(map(len, given["tokens"]))
+                given = completion_logprobs(Tokens.of(output, echoed), reading)
         choice["logprobs"] = given
         choice["finish_reason"] = output.finish_reason
         choice["stop_reason"] = output.stop_reason

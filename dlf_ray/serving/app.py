@@ -33,9 +33,10 @@ from dlf_ray.engine.output import EngineError
 from dlf_ray.engine.placement import check_cluster, label_selectors, needs, resources, settled
 from dlf_ray.models.worker import ModelWorker
 from dlf_ray.serving.experts import Follower, Report
-from dlf_ray.serving.http import Guard, Router, digest, http_app
-from dlf_ray.serving.openai import Json
+from dlf_ray.serving.guard import Guard, digest, with_origins
+from dlf_ray.serving.http import Router, http_app
 from dlf_ray.serving.replica import Model, Replica
+from dlf_ray.serving.wire import Json
 
 FRONT_CPUS = 0.1
 """Of the ingress and of a replica's own process: they tokenize and write JSON, little else."""
@@ -57,6 +58,8 @@ class Settings(BaseModel):
     """Sequences that may wait in a replica for a slot."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     max_body_bytes: Annotated[int, Field(gt=0)] = 4 * 2**20
+    cors_allow_origins: list[str] = []
+    """Of pages elsewhere that browsers may let ask: `https://chat.example.com`, or `*` for all."""
     allow_expert_updates: bool = False
     """Whether requests may add experts to a family and take them out, with models of their choice:
     for those who trust whoever can send them."""
@@ -67,6 +70,17 @@ class Settings(BaseModel):
         if not isinstance(families, Mapping):
             return families
         return {k: {"family": v} if isinstance(v, str) else v for k, v in families.items()}
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: give `*`, or one without a path, such as "
+                    "https://chat.example.com"
+                )
+        return origins
 
 
 def build_app(args: Settings) -> Application:
@@ -228,7 +242,8 @@ class Ingress:
         router = Router(
             self.models, timeout_s=own.request_timeout_s, updates=own.allow_expert_updates
         )
-        return Guard(http_app(router, own.max_body_bytes), self.keys, own.max_body_bytes)
+        guard = Guard(http_app(router, own.max_body_bytes), self.keys, own.max_body_bytes)
+        return with_origins(guard, own.cors_allow_origins)
 
 
 def run_server(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> None:

@@ -1,17 +1,11 @@
-"""HTTP: routes, keys, sizes, the log. From a request to the family that it names, and back.
+"""HTTP: the routes. From a request to the family that it names, and back.
 
 The same application answers every path in OpenAI's words, errors included.
 """
 
 import asyncio
-import hashlib
-import hmac
-import json
-import logging
-import sys
 import time
-import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,34 +17,28 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from dlf_ray.rules import RULES, SELECTS
 from dlf_ray.serving.experts import changes, overall, want
+from dlf_ray.serving.guard import refusal
 from dlf_ray.serving.openai import (
-    MAX_NAME,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     ExpertRequest,
-    Json,
     Problem,
     ScoreRequest,
     TokenizeRequest,
 )
 from dlf_ray.serving.replica import STREAM_END, Body, event, to_json
+from dlf_ray.serving.wire import Json
 
 READY_TIMEOUT_S = 2.0
 READY_EVERY_S = 1.0
 """So often, at most, all families are asked whether they are ready: anybody may ask for that."""
 EXPERTS_TIMEOUT_S = 10.0
-OPEN_PATHS = ("/", "/health", "/ready")
-"""What needs no API key."""
-LEFT = 499
-"""The status in the log of a request whose client did not wait for the end of its answer."""
-log = logging.getLogger("ray.serve")
 
 
 class Router:
@@ -71,7 +59,8 @@ class Router:
     async def answer(self, request: Request, body: Body | None, model: str | None) -> Response:
         """The family's answer, streamed if that was asked for."""
         record = request.state.record
-        record |= {"model": model, "user": getattr(body, "user", None)}
+        user = getattr(body, "user", None) or getattr(body, "safety_identifier", None)
+        record |= {"model": model, "user": user}
         if model is None and len(self.families) == 1:
             model = next(iter(self.models))
         if model is None or model not in self.models:
@@ -138,13 +127,8 @@ class Router:
         return await asyncio.shield(self._ready)  # it is not one caller's alone
 
     async def _all_ready(self) -> bool:
-        async def asked(handle: DeploymentHandle[Any]) -> bool:
-            try:
-                return bool(await asyncio.wait_for(handle.ready.remote(), READY_TIMEOUT_S))
-            except (TimeoutError, RayServeException, ray.exceptions.RayError):
-                return False
-
-        return all(await asyncio.gather(*map(asked, self.families.values())))
+        asked = [_soon(handle.ready.remote()) for handle in self.families.values()]
+        return all(await asyncio.gather(*asked))
 
     async def experts(self, model: str | None) -> Json | Problem:
         """The experts of a model's family, with their states in all of its replicas."""
@@ -181,9 +165,30 @@ class Router:
             return Problem.invalid(error)
         return {"id": name, "object": "expert", "state": "changing"}
 
-    def listing(self) -> Json:
-        entry = {"object": "model", "created": self.created, "owned_by": "dlf_ray"}
-        return {"object": "list", "data": [{"id": name, **entry} for name in self.models]}
+    async def listing(self) -> Json:
+        """All models, with what is known of those whose families answer."""
+        asked = [_soon(handle.card.remote()) for handle in self.families.values()]
+        cards = dict(zip(self.families, await asyncio.gather(*asked), strict=True))
+        entry = {"object": "model", "created": self.created, "owned_by": "dlf_ray", "parent": None}
+        unknown = {"root": None, "max_model_len": None}
+        data = [
+            {"id": name, **entry, **(cards[handle.deployment_id] or unknown)}
+            for name, handle in self.models.items()
+        ]
+        return {"object": "list", "data": data}
+
+    async def model(self, model: str) -> Json | Problem:
+        """One of them."""
+        listed = (await self.listing())["data"]
+        return next((each for each in listed if each["id"] == model), self._unknown(model))
+
+
+async def _soon(response: Any) -> Any:
+    """What a replica answers, if it does so at once."""
+    try:
+        return await asyncio.wait_for(response, READY_TIMEOUT_S)
+    except (TimeoutError, RayServeException, ray.exceptions.RayError):
+        return None
 
 
 def _noted_as(handle: DeploymentHandle[Any]) -> str:
@@ -202,12 +207,6 @@ async def _events(
                 yield event(item.body) + STREAM_END
             else:
                 yield item
-
-
-def refusal(problem: Problem) -> Response:
-    return Response(
-        to_json(problem.body), problem.status, problem.headers, media_type="application/json"
-    )
 
 
 def said(what: Json | Problem, status: int = 200) -> Response:
@@ -267,8 +266,12 @@ def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
         return await router.answer(request, None, model)
 
     @app.get("/v1/models")
-    async def models() -> Json:
-        return router.listing()
+    async def models() -> Response:
+        return said(await router.listing())
+
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> Response:
+        return said(await router.model(model))
 
     @app.get("/v1/experts")
     async def experts(model: str | None = None) -> Response:
@@ -301,113 +304,6 @@ def http_app(router: Router, max_body_bytes: int) -> ASGIApp:
     return app
 
 
-class Connection:
-    """The client's end of one request: how much it sends, whether it stays for the answer."""
-
-    def __init__(self, receive: Receive, send: Send, max_body_bytes: int) -> None:
-        self._receive = receive
-        self._send = send
-        self._max = max_body_bytes
-        self._read = 0
-        self._answered = False
-        self._status = LEFT
-        self.left = False
-        """It went away before its answer was complete."""
-
-    @property
-    def status(self) -> int:
-        """Of the answer, if the client got all of it."""
-        return self._status if self._answered else LEFT
-
-    @status.setter
-    def status(self, status: int) -> None:
-        self._status, self._answered = status, True
-
-    async def receive(self) -> Message:
-        """Raises `HTTPException` 413 where the body is too large, whatever its header says."""
-        message: Message = {"type": "http.disconnect"}
-        try:
-            message = await self._receive()
-        except Exception as error:  # Serve could not ask the proxy any more: as good as that
-            log.debug("the connection of a client ended: %r", error)
-        if message["type"] == "http.disconnect":
-            self.left = self.left or not self._answered
-        self._read += len(message.get("body", b""))
-        if self._read > self._max:
-            raise StarletteHTTPException(413)
-        return message
-
-    async def send(self, message: Message) -> None:
-        await self._send(message)
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-        elif not message.get("more_body", False):
-            self._answered = not self.left
-
-
-class Guard:
-    """Around everything else: API keys, the size limit, one line in the log for each request."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes], max_body_bytes: int) -> None:
-        self.app = app
-        self.keys = keys
-        self.max_body_bytes = max_body_bytes
-        self.log = logging.getLogger("dlf_ray.requests")
-        self.log.propagate = False
-        self.log.setLevel(logging.INFO)
-        self.log.handlers = [logging.StreamHandler(sys.stdout)]  # a line of JSON and nothing else
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        # The client's, or one that Serve has given; another front may give none.
-        id = headers.get("x-request-id") or uuid.uuid4().hex
-        record: Json = {"id": id[:MAX_NAME], "began": time.perf_counter()}
-        scope.setdefault("state", {})["record"] = record
-        connection = Connection(receive, send, self.max_body_bytes)
-        try:
-            if problem := self._refused(scope, headers, id):
-                await refusal(problem)(scope, receive, connection.send)
-            else:
-                await self.app(scope, connection.receive, connection.send)
-        except Exception:
-            # The client has its answer, from the application's handler or cut off; or it has left.
-            if not connection.left:
-                log.exception("request %s failed", record["id"])
-                connection.status = 500
-        finally:
-            record["status"] = connection.status
-            seconds = time.perf_counter() - record.pop("began")
-            known = {name: value for name, value in record.items() if value is not None}
-            place = {"method": scope["method"], "path": scope["path"]}
-            self.log.info(
-                json.dumps({"time": time.time(), **place, **known, "seconds": round(seconds, 4)})
-            )
-
-    def _refused(self, scope: Scope, headers: Headers, id: str) -> Problem | None:
-        """Why a request gets no further, by its headers alone."""
-        if not self._allowed(scope):
-            return Problem(401, "no valid API key: send `Authorization: Bearer KEY`")
-        if len(id) > MAX_NAME:
-            return Problem(400, f"`X-Request-Id` is longer than {MAX_NAME} characters")
-        length = headers.get("content-length", "")
-        # Compared as text as well: Python makes no number of thousands of digits.
-        if length.isdecimal() and (len(length) > 18 or int(length) > self.max_body_bytes):
-            return Problem(413, f"the body is larger than {self.max_body_bytes} bytes")
-        return None
-
-    def _allowed(self, scope: Scope) -> bool:
-        if not self.keys or scope["path"].removeprefix(scope["root_path"]) in OPEN_PATHS:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        sent = digest(given.removeprefix(b"Bearer "))
-        # All of them, so that the time says nothing about which one came close.
-        matches = [hmac.compare_digest(sent, key) for key in self.keys]
-        return any(matches)
-
-
 def _playground() -> str:
     """The page, with the rules and selections that there are."""
     page = (files("dlf_ray.serving") / "playground.html").read_text(encoding="utf-8")
@@ -416,8 +312,3 @@ def _playground() -> str:
     for place, names in (("{rules}", rules), ("{selects}", list(SELECTS))):
         page = page.replace(place, "".join(f"<option>{name}</option>" for name in names))
     return page
-
-
-def digest(key: bytes) -> bytes:
-    """What is kept of an API key."""
-    return hashlib.sha256(key).digest()

@@ -11,89 +11,45 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from dlf_ray.engine.options import FusionOptions
 from dlf_ray.messages import (
     MAX_BIASES,
     MAX_LOGPROBS,
-    MAX_STOP_LENGTH,
     MAX_STOP_TOKENS,
     MAX_STOPS,
-    MAX_WEIGHT,
+    ContextLengthError,
     SamplingParams,
+    StructuredOutputs,
 )
 from dlf_ray.rules import RULES, Rule, Select
+from dlf_ray.serving.anyway import HINTS, Anyway, AnywayInChat, AnywayInMessage, AnywayInText, No
+from dlf_ray.serving.shapes import ResponseFormat, Structured
+from dlf_ray.serving.wire import (
+    MAX_NAME,
+    MAX_NAMES,
+    AnyObject,
+    ByName,
+    Count,
+    Json,
+    Listed,
+    Name,
+    Prompt,
+    Prompts,
+    Some,
+    Stop,
+    Text,
+    Weight,
+    Wire,
+    at_most,
+)
 
 GREEDY = 1e-5
 """Temperatures below it are taken for 0, as in vLLM: logits divided by them would overflow."""
-MAX_PROMPTS = 2048
-"""Prompts, messages, or parts of a message in one request."""
-MAX_NAMES = 256
-"""Models that a request says something about."""
-MAX_NAME = 256
-"""Characters of what is only looked up, or only logged."""
-Json: TypeAlias = dict[str, Any]
-T = TypeVar("T")
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Name = Annotated[str, Field(max_length=MAX_NAME)]
-Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
-
-
-def _at_most(count: int) -> Any:
-    """A limit to a list or mapping, checked before what is in it: errors of a million entries would
-    keep the server busy for a minute."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > count:
-            raise ValueError(f"has {len(value)} entries; at most {count} are taken")
-        return value
-
-    return BeforeValidator(check)
-
-
-# The first wrong entry is as good as all of them, see `_at_most`.
-Listed: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
-Some: TypeAlias = Annotated[Listed[T], _at_most(MAX_PROMPTS), Field(max_length=MAX_PROMPTS)]
-ByName: TypeAlias = Annotated[dict[Name, T], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
-
-
-def _whole_text(text: str) -> str:
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds half a surrogate pair, which is no text")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole_text)]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Prompt: TypeAlias = Text | Listed[int]
-Prompts: TypeAlias = Text | Some[Text] | Listed[int] | Some[Listed[int]]
-
-
-class Wire(BaseModel):
-    """A JSON object of exactly the fields that are listed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        unknown = next((name for name in given if name not in cls.model_fields), None)
-        # One field that there is not is enough to be told of.
-        return {n: value for n, value in given.items() if n in cls.model_fields or n == unknown}
 
 
 class FusionSettings(Wire):
@@ -102,7 +58,7 @@ class FusionSettings(Wire):
     rule: Rule | None = None
     select: Select | None = None
     step: Annotated[float, Field(gt=0, le=2)] | None = None
-    experts: Annotated[list[Name], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)] | None = None
+    experts: Annotated[list[Name], at_most(MAX_NAMES), Field(max_length=MAX_NAMES)] | None = None
     """Those that take part; `[]` for the large model alone."""
     weights: ByName[Weight] | None = None
     """With rule static."""
@@ -135,13 +91,10 @@ class StreamOptions(Wire):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     """Usage so far in every chunk, as vLLM has it."""
+    include_obfuscation: No = False
 
 
-class TextFormat(Wire):
-    type: Literal["text"]
-
-
-class Generate(Wire):
+class Generate(Anyway):
     """What completions and chat completions have in common."""
 
     model: Name | None = None
@@ -155,9 +108,9 @@ class Generate(Wire):
     """0 or -1: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], _at_most(MAX_STOPS), Field(max_length=MAX_STOPS)] = []
+    stop: Stop | Annotated[list[Stop], at_most(MAX_STOPS), Field(max_length=MAX_STOPS)] = []
     stop_token_ids: Annotated[
-        list[Count], _at_most(MAX_STOP_TOKENS), Field(max_length=MAX_STOP_TOKENS)
+        list[Count], at_most(MAX_STOP_TOKENS), Field(max_length=MAX_STOP_TOKENS)
     ] = []
     ignore_eos: bool = False
     min_tokens: Count = 0
@@ -169,15 +122,14 @@ class Generate(Wire):
             Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
             Annotated[float, Field(ge=-100, le=100)],
         ],
-        _at_most(MAX_BIASES),
+        at_most(MAX_BIASES),
         Field(max_length=MAX_BIASES),
     ] = {}
     """Token ids, as strings."""
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Structured | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: Name | None = None
-    """Goes to the log."""
     fusion: FusionRequest = FusionRequest()
 
     @model_validator(mode="after")
@@ -186,7 +138,16 @@ class Generate(Wire):
             raise ValueError("`best_of` is not supported, unless it equals `n`")
         if "stream_options" in self.model_fields_set and not self.stream:
             raise ValueError("`stream_options` needs `stream`")
+        _ = self.shape  # it says itself what is wrong with it
         return self
+
+    @property
+    def shape(self) -> StructuredOutputs | None:
+        """What answers must be like. Raises `ValueError` with the field's name."""
+        shaped = self.response_format.shape if self.response_format else None
+        if shaped and self.structured_outputs:
+            raise ValueError("give `response_format` or `structured_outputs`, not both")
+        return self.structured_outputs.shape if self.structured_outputs else shaped
 
     def _sampling(self, max_tokens: int, **logprobs: int | None) -> SamplingParams:
         return SamplingParams(
@@ -204,11 +165,12 @@ class Generate(Wire):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            structured_outputs=self.shape,
             **logprobs,
         )
 
 
-class CompletionRequest(Generate):
+class CompletionRequest(AnywayInText, Generate):
     prompt: Prompts | None = None
     prompts: ByName[Prompt] | None = None
     """Prompts of single models of the family; those not named take `prompt`, or the large one's."""
@@ -252,23 +214,28 @@ class TextPart(Wire):
     text: Text
 
 
-class Message(Wire):
+class Message(AnywayInMessage):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Some[TextPart]
+    name: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
+    """Of who speaks, for templates that show it."""
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
-        return {"role": self.role, "content": "".join(parts)}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": "".join(parts), **named}
 
 
-class ChatRequest(Generate):
+class ChatRequest(AnywayInChat, Generate):
     messages: Annotated[Some[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     """The new name of `max_tokens`; without either, up to the context."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    chat_template_kwargs: AnyObject = {}
+    """What the template is given beside the messages, such as `{"enable_thinking": false}`."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> ChatRequest:
@@ -365,7 +332,7 @@ class ExpertRequest(Wire):
 
     model: Name | None = None
     name: Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=MAX_NAME)]
-    expert: Annotated[dict[str, Any], _at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
+    expert: AnyObject
     """As in a family file: `model`, `num_gpus`, `bounds`, ..."""
 
 
@@ -383,6 +350,13 @@ def seeded(sampling: SamplingParams, k: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=sampling.seed + k)
 
 
+KINDS = {
+    401: ("authentication_error", "invalid_api_key"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+}
+"""The type and the code of an error, by which clients tell what to do."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Why a request is not served, as OpenAI words it."""
@@ -394,12 +368,12 @@ class Problem:
 
     @property
     def body(self) -> Json:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
+        other = "invalid_request_error" if self.status < 500 else "server_error"
+        kind, code = KINDS.get(self.status, (other, None))
         # A half of a surrogate pair, which JSON may hold, cannot be sent back.
         message = self.message.encode(errors="replace").decode()
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code or code}
+        return {"error": error}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -412,6 +386,16 @@ class Problem:
         return cls(400, str(error), param=named and named[1])
 
     @classmethod
+    def too_long(
+        cls, error: ContextLengthError, texts: Sequence[tuple[str, Prompt]], context: int
+    ) -> Problem:
+        """As clients know it; they look for these words too. `texts` are the request's."""
+        fields = [field for field, _ in texts]
+        named = [field for field in fields if f"`{field}`" in str(error)]
+        message = f"{error}. This model's maximum context length is {context} tokens."
+        return cls(400, message, (named or fields)[0], "context_length_exceeded")
+
+    @classmethod
     def of_validation(cls, errors: Sequence[Mapping[str, Any]]) -> Problem:
         """From what pydantic found wrong in a request."""
         first, name = errors[0], _place(errors[0]["loc"])
@@ -419,18 +403,22 @@ class Problem:
             return cls(400, f"the body is not JSON: {first['ctx']['error']} at {name}")
         if not name:
             if first["type"] == "value_error":
-                return cls.invalid(ValueError(str(first["msg"]).removeprefix("Value error, ")))
+                return cls.invalid(ValueError(_said(first)))
             return cls(400, "the body must be a JSON object, of content type application/json")
         if first["type"] == "extra_forbidden":
-            return cls(400, f"`{name}` is not supported; leave it out", name, "unsupported")
+            todo = HINTS.get(name, "leave it out")
+            return cls(400, f"`{name}` is not supported; {todo}", name, "unsupported")
         # A field that may be several things has an error for each of them.
-        alike = [each["msg"] for each in errors if _place(each["loc"]) == name]
-        return cls(400, f"`{name}`: {'; or: '.join(dict.fromkeys(map(str, alike)))}", name)
+        alike = [_said(each) for each in errors if _place(each["loc"]) == name]
+        return cls(400, f"`{name}`: {'; or: '.join(dict.fromkeys(alike))}", name)
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _place(loc: Sequence[str | int]) -> str:
     """A field's name from ("body", field, ...), up to where types are named that it may have."""
-    parts = itertools.takewhile(
-        lambda part: not re.fullmatch(r"str|(list|function-after)\[.*\]", part), map(str, loc[1:])
-    )
+    kind = re.compile(r"str|constrained-str|(dict|list|function-\w+)\[.*\]")
+    parts = itertools.takewhile(lambda part: not kind.fullmatch(part), map(str, loc[1:]))
     return ".".join(parts)

@@ -6,7 +6,6 @@ A plain class; `serve` runs it as a deployment.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -23,21 +22,21 @@ from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.frontend import Prompts
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import SamplingParams
+from dlf_ray.messages import ContextLengthError, SamplingParams
 from dlf_ray.serving.answers import Answer, finite, usage
 from dlf_ray.serving.openai import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     FusionSettings,
-    Json,
     Problem,
-    Prompt,
     ScoreRequest,
     TokenizeRequest,
     listed,
     seeded,
 )
+from dlf_ray.serving.tokens import Reading, token_bytes
+from dlf_ray.serving.wire import Json, Prompt
 
 STREAM_END = b"data: [DONE]\n\n"
 SHORT = 2**15
@@ -79,12 +78,17 @@ class Replica:
         tokenizer = engine.tokenizer
         self.longest = self.context * max(map(len, tokenizer.get_vocab()))
         """The most characters that the tokens of a context read."""
+        self._token_bytes = token_bytes(tokenizer)
         # Those written in Rust let go of Python's lock, and change nothing in themselves once they
         # have left off what their file says of padding and cutting. None is made for more than one
         # thread else.
         tokenizer.encode("")
         self._brief = ThreadPoolExecutor(2 if tokenizer.is_fast else 1)
         self._lengthy = ThreadPoolExecutor(1) if tokenizer.is_fast else self._brief
+
+    async def card(self) -> Json:
+        """What lists of models say of the family."""
+        return {"root": self.engine.family.large.model, "max_model_len": self.context}
 
     async def _aside(self, size: int, function: Callable[..., T], *args: object) -> T:
         """Runs a function beside the loop whose time grows with `size`: what is short does not wait
@@ -93,15 +97,15 @@ class Replica:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def _check_sizes(self, texts: Iterable[tuple[str, str | Sequence[int]]]) -> None:
-        """Raises `ValueError` where a text is too long for any model, before it is tokenized."""
+        """Raises `ContextLengthError` where a text is too long for any model, before it is
+        tokenized."""
         for field, text in texts:
             unit, most = (
                 ("characters", self.longest) if isinstance(text, str) else ("tokens", self.context)
             )
             if len(text) > most:
-                raise ValueError(
-                    f"`{field}` has {len(text)} {unit}; at most {most} are taken, since the models "
-                    f"take {self.context} tokens"
+                raise ContextLengthError(
+                    f"`{field}` has {len(text)} {unit}; at most {most} are taken"
                 )
 
     async def answer(self, model: str, request: Body | None, id: str) -> AsyncGenerator[Item, None]:
@@ -110,6 +114,8 @@ class Replica:
             async with aclosing(self._answer(model, request, id)) as items:
                 async for item in items:
                     yield item
+        except ContextLengthError as error:
+            yield Problem.too_long(error, request.texts if request else (), self.context)
         except ValueError as error:
             yield Problem.invalid(error)
         except EngineError:
@@ -168,7 +174,7 @@ class Replica:
             model=model,
             prompts=[each.ids for each in asked],
             echoes=[each.text for each in asked],
-            text=self._token_text,
+            bytes_of=self._token_bytes,
             spans=[tokenized],
         )
         if request.stream:
@@ -219,7 +225,10 @@ class Replica:
         outputs = await together([self.engine.ascore(*pair, **options) for pair in pairs])
         data = []
         for index, ((_, rest), output) in enumerate(zip(pairs, outputs, strict=True)):
-            logprobs = [finite(each) for each in output.logprobs]
+            logprobs, reading = (
+                [finite(each) for each in output.logprobs],
+                Reading(self._token_bytes),
+            )
             data.append(
                 {
                     "index": index,
@@ -227,7 +236,7 @@ class Replica:
                     "score": sum(logprobs),
                     "is_greedy": all(output.greedy),
                     "token_ids": rest,
-                    "tokens": [self._token_text(token) for token in rest],
+                    "tokens": [reading.take(token) for token in rest],
                     "token_logprobs": logprobs,
                 }
             )
@@ -323,11 +332,6 @@ class Replica:
             raise ValueError(
                 f"`{field}` holds token {strange[0]}, outside the vocabulary of {vocab}"
             )
-
-    @functools.cached_property
-    def _token_text(self) -> Callable[[int], str]:
-        """What one token reads; asked for often."""
-        return functools.cache(lambda token: self._read([token], "tokens"))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,37 @@ def file(folder):
     return path
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """What `dlf serve` would serve."""
+    found = []
+    monkeypatch.setattr(
+        "dlf_ray.serving.app.run_server", lambda settings, *_, **__: found.append(settings)
+    )
+    return found
+
+
+def test_a_family_is_served_under_the_names_that_are_given(file, served):
+    for words, names in (
+        ([], ["family"]),
+        (["--model-name", "gpt"], ["gpt"]),
+        (["--model-name", "gpt", "--model-name", "org/llama"], ["gpt", "org/llama"]),
+    ):
+        shown = dlf("serve", file, *words)
+        assert shown.exit_code == 0, shown.output
+        assert list(served.pop().families) == names
+
+
+def test_pages_of_other_origins_are_named_one_by_one(file, served):
+    origins = ["https://chat.example.com", "http://localhost:3000"]
+    shown = dlf("serve", file, *(word for each in origins for word in ("--allowed-origins", each)))
+    assert shown.exit_code == 0, shown.output
+    assert served.pop().cors_allow_origins == origins
+    shown = dlf("serve", file, "--allowed-origins", '["*"]')
+    assert shown.exit_code == 1
+    assert "is no origin" in shown.output
+
+
 @pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["demo"], ["bench"]], ids=str)
 def test_help_explains(command):
     shown = dlf(*command, "--help")

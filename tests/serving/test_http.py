@@ -5,8 +5,12 @@ import json
 import logging
 
 import pytest
+from pydantic import ValidationError
+from starlette.datastructures import Headers
 
-from dlf_ray.serving.http import READY_EVERY_S, Guard, Router, http_app
+from dlf_ray.serving.app import Settings
+from dlf_ray.serving.guard import Guard, digest, with_origins
+from dlf_ray.serving.http import READY_EVERY_S, Router, http_app
 
 LIMIT = 1000
 
@@ -14,7 +18,7 @@ LIMIT = 1000
 class Families:
     """In the place of a router."""
 
-    def listing(self):
+    async def listing(self):
         return {"object": "list", "data": []}
 
     async def answer(self, request, body, model):
@@ -28,9 +32,22 @@ def guard(caplog):
     return made
 
 
-def asked(app, path="/v1/models", method="GET", headers=(), incoming=(), then=None):
-    """The status and the body that an application answers with; `incoming` are pieces of the
-    request's body, after which `then` is what happens to the connection."""
+def asked(app, *args, **kwargs):
+    """The status and the body that an application answers with, see `messages`."""
+    sent = messages(app, *args, **kwargs)
+    starts = [message["status"] for message in sent if message["type"] == "http.response.start"]
+    return starts, b"".join(message.get("body", b"") for message in sent)
+
+
+def head(app, *args, **kwargs):
+    """The status and the headers that an application answers with, see `messages`."""
+    start, *_ = messages(app, *args, **kwargs)
+    return start["status"], Headers(raw=start["headers"])
+
+
+def messages(app, path="/v1/models", method="GET", headers=(), incoming=(), then=None):
+    """What an application answers; `incoming` are pieces of the request's body, after which `then`
+    is what happens to the connection."""
     pieces = [{"type": "http.request", "body": p, "more_body": True} for p in incoming]
     if not then:
         pieces.append({"type": "http.request", "body": b"", "more_body": False})
@@ -63,8 +80,7 @@ def asked(app, path="/v1/models", method="GET", headers=(), incoming=(), then=No
         "scheme": "http",
     }
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
-    starts = [message["status"] for message in sent if message["type"] == "http.response.start"]
-    return starts, b"".join(message.get("body", b"") for message in sent)
+    return sent
 
 
 def logged(caplog):
@@ -99,6 +115,76 @@ def test_a_body_that_says_it_is_too_large_is_not_read(guard, length):
     never = RuntimeError("was read")
     (status,), _ = asked(guard, "/v1/score", "POST", [("content-length", length)], [], never)
     assert status == 413
+
+
+def test_the_head_of_an_answer(guard, caplog):
+    (status,), body = asked(guard, method="HEAD")
+    assert (status, body) == (200, b"")
+    assert logged(caplog)["method"] == "HEAD"
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer the key", 200),
+        ("bearer the key", 200),
+        ("BEARER   the key ", 200),
+        ("Bearer another", 401),
+        ("Bearer", 401),
+        ("the key", 401),
+        ("Basic the key", 401),
+        ("", 401),
+    ],
+)
+def test_a_key_is_taken_as_clients_write_it(header, status):
+    guard = Guard(http_app(Families(), LIMIT), [digest(b"the key")], LIMIT)
+    (found,), body = asked(guard, headers=[("authorization", header)])
+    assert found == status
+    if status == 401:
+        assert json.loads(body)["error"]["code"] == "invalid_api_key"
+
+
+PAGE = ("origin", "https://chat.example.com")
+MAY_I = [
+    PAGE,
+    ("access-control-request-method", "POST"),
+    ("access-control-request-headers", "authorization,content-type"),
+]
+"""What a browser asks before a page of another origin may ask; it sends no key along."""
+
+
+def of_origins(origins):
+    guard = Guard(http_app(Families(), LIMIT), [digest(b"key")], LIMIT)
+    return with_origins(guard, origins)
+
+
+@pytest.mark.parametrize("origins", [["*"], [PAGE[1], "http://localhost:3000"]], ids=str)
+def test_pages_of_other_origins_may_ask(origins):
+    app = of_origins(origins)
+    status, headers = head(app, "/v1/chat/completions", "OPTIONS", MAY_I)
+    assert status == 200
+    assert "authorization" in headers["Access-Control-Allow-Headers"]
+    for key, expected in (("key", 200), ("another", 401)):
+        status, headers = head(app, headers=[PAGE, ("authorization", f"Bearer {key}")])
+        assert status == expected
+        assert headers["Access-Control-Allow-Origin"] in ("*", PAGE[1])
+        assert "Retry-After" in headers["Access-Control-Expose-Headers"]
+
+
+@pytest.mark.parametrize("origins", [[], ["https://another.example.com"]], ids=str)
+def test_pages_of_origins_that_are_not_named_may_not(origins):
+    app = of_origins(origins)
+    status, first = head(app, "/v1/chat/completions", "OPTIONS", MAY_I)
+    assert status in (400, 401)
+    _, second = head(app, headers=[PAGE, ("authorization", "Bearer key")])
+    for headers in (first, second):
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize("origin", ['["*"]', "chat.example.com", "https://x.example.com/chat", ""])
+def test_what_is_no_origin_is_refused(origin):
+    with pytest.raises(ValidationError, match="is no origin"):
+        Settings(families={"x": "x.yaml"}, cors_allow_origins=[origin])
 
 
 def test_a_request_without_an_id_gets_one(guard, caplog):

@@ -9,8 +9,9 @@ import tiny
 from conftest import family_of
 
 from dlf_ray.engine.frontend import BaseEngine
+from dlf_ray.engine.options import resolve
 from dlf_ray.engine.output import Output
-from dlf_ray.messages import Limits
+from dlf_ray.messages import Limits, Request
 from dlf_ray.serving.openai import (
     ChatRequest,
     CompletionRequest,
@@ -110,7 +111,6 @@ LONG = "moon" * 10_000
         (ScoreRequest(prompt=[5], continuation=[5] * (CONTEXT + 1)), "continuation"),
         (TokenizeRequest(prompt=LONG), "prompt"),
         (DetokenizeRequest(tokens=[5] * (CONTEXT + 1)), "tokens"),
-        (CompletionRequest(prompt="x", prompts={"chemistry": "y"}), "prompts"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -118,14 +118,46 @@ def test_what_is_too_long_is_refused_before_it_is_tokenized(made, request_, fiel
     (problem,) = asked(made, request_)
     assert isinstance(problem, Problem)
     assert (problem.status, problem.param) == (400, field)
+    assert problem.code == "context_length_exceeded"
     assert not made.engine.tokenizer.seen
     assert not made.engine.asked
+
+
+def test_prompts_of_models_that_there_are_not_are_refused_untokenized(made):
+    (problem,) = asked(made, CompletionRequest(prompt="x", prompts={"chemistry": "y"}))
+    assert (problem.status, problem.param, problem.code) == (400, "prompts", None)
+    assert not made.engine.tokenizer.seen
 
 
 def test_what_has_too_many_tokens_is_refused_by_its_field(made):
     (problem,) = asked(made, CompletionRequest(prompt="z" * (CONTEXT + 1)))
     assert (problem.status, problem.param) == (400, "prompt")
+    assert problem.code == "context_length_exceeded"
     assert "17 tokens" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (CompletionRequest(prompt="x"), "prompt"),
+        (ChatRequest(messages=[{"role": "user", "content": "x"}]), "messages"),
+        (ScoreRequest(prompt="x", continuation="y"), "prompt"),
+    ],
+    ids=["completion", "chat", "score"],
+)
+def test_what_leaves_no_room_to_answer_is_refused_by_its_field(made, request_, field):
+    """The engine says so, by the name of a setting that is not the client's."""
+    made.engine.limits = Limits(dict.fromkeys(made.engine.family.models, 1), 300, (0,))
+
+    async def refuses(prompt, *_, **fusion):
+        request = Request(id=0, prompt=(5,) * 9, fusion=resolve(made.engine.family, {}))
+        made.engine.limits.check(request)
+
+    made.engine.agenerate = made.engine.ascore = refuses
+    (problem,) = asked(made, request_)
+    assert (problem.status, problem.param) == (400, field)
+    assert problem.code == "context_length_exceeded"
+    assert f"maximum context length is {CONTEXT} tokens" in problem.message
 
 
 def test_the_longest_prompt_that_fits_is_taken(made):

@@ -431,7 +431,9 @@ def test_bad_requests_are_refused_by_name(url):
     for body, words in [
         ({}, "`messages`"),
         ({"messages": []}, "`messages`"),
-        ({"messages": [{**message, "name": "me"}]}, "`messages.0.name`"),
+        ({"messages": [{**message, "nickname": "me"}]}, "`messages.0.nickname`"),
+        ({"messages": [{**message, "role": "tool"}]}, "`messages.0.role`"),
+        ({"messages": [message], "tools": [{"type": "function"}]}, "`tools`: tool calling"),
         ({"messages": [{**message, "role": "robot"}]}, "`messages.0.role`"),
         ({"messages": [message], "top_logprobs": 2}, "`top_logprobs`"),
         ({"messages": [message], "max_tokens": 0}, "`max_tokens`"),

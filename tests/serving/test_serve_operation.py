@@ -95,7 +95,7 @@ def test_the_page_is_there(strict):
     assert "<html" in page.text
 
 
-def ask(strict, body):
+def ask(strict, body, id="asked"):
     """A connection over which a request was sent."""
     url = strict.url.removeprefix("http://")
     address, path = url.split("/", 1)
@@ -104,17 +104,18 @@ def ask(strict, body):
     connection = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
     connection.sendall(
         f"POST /{path}/v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        f"Authorization: Bearer {KEY}\r\nX-Request-Id: {id}\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n".encode()
         + data
     )
     return connection
 
 
-def fill(strict, stream):
+def fill(strict, stream, id="fills"):
     """A connection whose request holds all slots."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        connection = ask(strict, {**ENDLESS, "prompt": [[5], [6]], "stream": stream})
+        connection = ask(strict, {**ENDLESS, "prompt": [[5], [6]], "stream": stream}, id)
         time.sleep(0.5)
         answer = strict.post(prompt=[5], max_tokens=1)
         if answer.status_code == 429:
@@ -154,11 +155,15 @@ def test_a_failure_on_the_way_ends_the_stream_cleanly(strict):
     assert strict.free()
 
 
-def logged(id, count=1):
-    """The lines that the log has of requests whose ids hold `id`, once there are so many."""
+def log_folder():
     import ray
 
-    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def logged(id, count=1):
+    """The lines that the log has of requests whose ids hold `id`, once there are so many."""
+    logs = log_folder()
 
     def lines():
         for path in logs.glob("worker-*.out"):
@@ -187,6 +192,30 @@ def test_clients_that_leave_a_stream_are_logged_as_that(strict):
     errors = "".join(path.read_text() for path in (logs / "serve").glob("replica_strict_*.log"))
     assert "request leaves-" not in errors
     assert strict.free()
+
+
+def test_clients_that_leave_before_an_answer_are_logged_as_that(strict):
+    """While a whole answer is made, or the prompt of a stream is computed; no trace tells of it."""
+
+    def traces():
+        files = [*log_folder().glob("worker-*.err"), *(log_folder() / "serve").glob("*.log")]
+        return sum(path.read_text(errors="replace").count("Traceback") for path in files)
+
+    before = traces()
+    for k in range(3):
+        fill(strict, stream=False, id=f"gone-whole-{k}.").close()
+        assert strict.free()
+    for k in range(8):
+        body = {**ENDLESS, "prompt": [5] * 100, "max_tokens": 50, "stream": True}
+        connection = ask(strict, body, f"gone-early-{k}.")
+        time.sleep(0.02 * k)
+        connection.close()
+        assert strict.free()
+    lines, _ = logged("gone-", 6)  # some are gone before the proxy has handed them on
+    left = {line["id"] for line in lines if line["status"] == 499}
+    assert left >= {f"gone-whole-{k}." for k in range(3)}
+    assert {line["status"] for line in lines} <= {499, 429}  # a request of `fill` may be refused
+    assert traces() == before
 
 
 def rows_of(folder):
