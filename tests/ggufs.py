@@ -82,4 +82,5 @@ def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_token_types([CONTROL if token in special else NORMAL for token, _ in vocab])
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     writer.add_token_merges(pairs)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for add in (writer.add_eos_token_id, writer.add_bos_token_id, writer.add_unk_token_id):
+        add(tokenizer.eos_token_id)  # transformers wants all of them

@@ -18,7 +18,7 @@ from dlf_ray.config import LARGE, Family, ModelSpec
 from dlf_ray.engine.limits import chosen, workers_of
 
 if TYPE_CHECKING:
-    from dlf_ray.models.inspect import Facts, Problem
+    from dlf_ray.models.facts import Facts, Problem
 
 # Facts come with transformers, and placement with Ray: both are imported where they are used.
 
@@ -121,7 +121,7 @@ def facts_of(
 
 
 def _problem(kind: str, text: str, model: str | None = None) -> Problem:
-    from dlf_ray.models.inspect import Problem
+    from dlf_ray.models.facts import Problem
 
     return Problem("error" if kind == "error" else "warning", text, model)
 

@@ -130,7 +130,13 @@ def check_folder(name: str) -> None:
 
 def check_configured(folder: Path) -> None:
     """Raises `ValueError` for a folder that is no model's."""
-    if (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            msgspec.json.decode(config.read_bytes(), type=dict[str, Any])
+        except ValueError as error:
+            again = "download or copy it again"
+            raise ValueError(f"{config} cannot be read ({error}): {again}") from error
         return
     if files := sorted(folder.glob("*.gguf")):
         raise ValueError(

@@ -109,7 +109,7 @@ def _configuration(source: str, changed: int | None, size: int | None) -> Any:
 
 
 @contextlib.contextmanager
-def loading(source: str) -> Iterator[dict[str, Any]]:
+def loading(source: str, what: str = "GGUF files of architecture") -> Iterator[dict[str, Any]]:
     """The arguments that make `from_pretrained` read the file, while this lasts.
 
     It stands by itself in a folder then: else transformers would take the tokenizer or the template
@@ -123,21 +123,20 @@ def loading(source: str) -> Iterator[dict[str, Any]]:
         try:
             yield {"pretrained_model_name_or_path": folder, "gguf_file": link.name}
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+            reason = " ".join(str(error).replace(str(link), source).split())
             raise ValueError(
                 f"{source} could not be loaded: transformers {transformers.__version__} does not "
-                f"convert this GGUF file of architecture {header.architecture} "
-                f"({str(error).replace(str(link), source)}); use the model's folder of safetensors"
+                f"convert {what} {header.architecture} ({reason}); name the original folder or hub "
+                "id instead"
             ) from error
 
 
 def tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a file. Raises `ValueError` as `loading`."""
     tokens = check_gguf(source).tokens
-    with loading(source) as where:
+    with loading(source, "this tokenizer (`tokenizer:` names another) of architecture") as where:
         made: Any = transformers.AutoTokenizer.from_pretrained(**where)
-    if tokens < len(
-        made
-    ):  # a class of tokenizers adds what GPT-2 has, which the model has no ids for
+    if tokens < len(made):  # GPT-2's class adds a token of that, which the model has no row for
         state = json.loads(made.backend_tokenizer.to_str())
         state["added_tokens"] = [each for each in state["added_tokens"] if each["id"] < tokens]
         made._tokenizer = Tokenizer.from_str(json.dumps(state))

@@ -34,7 +34,6 @@ from dlf_ray.models.facts import Facts, Lora, Problem, Verdict
 from dlf_ray.models.files import (
     FRACTIONS,
     Tensors,
-    check_configured,
     files_of,
     has_tokenizer,
     pickled,
@@ -209,7 +208,7 @@ class _Look:
 
     def _model(self, folder: Path) -> None:
         """Of a file, or of a folder that has a configuration and weights of its own."""
-        config = self._config(folder)
+        config = self._ask(self.common, configuration, self._plain(folder))
         if self.where != "file":
             self.tensors = self._weights(folder)
         if config is not None:
@@ -224,14 +223,6 @@ class _Look:
             self._vllm_here(self.facts["architecture"])
         self._ask(self.vllm, check_source, self._plain(folder))
         self._weigh()
-
-    def _config(self, folder: Path) -> Any:
-        if self.where != "file":
-            before = len(self.common)
-            self._ask(self.common, check_configured, folder)
-            if len(self.common) > before:
-                return None
-        return self._ask(self.common, configuration, self._plain(folder))
 
     def _place(self, config: Any) -> None:
         """Whether every weight of the architecture is there, and has a use."""

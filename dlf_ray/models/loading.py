@@ -24,7 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -160,8 +160,6 @@ def _load_folder(spec: ModelSpec) -> tuple[Any, Mapping[str, Any]]:
     """Of a folder or a hub id."""
     check_folder(spec.model)
     folder = Path(spec.model)
-    if folder.is_dir():
-        check_configured(folder)
     config = configuration(spec)
     check_causal(config, spec)
     if folder.is_dir():
@@ -217,6 +215,8 @@ def configuration(spec: ModelSpec) -> Any:
     """What a model says of itself. Raises `ValueError` for what transformers cannot read."""
     if is_gguf(spec.model):
         return gguf.configuration(spec.model)
+    if Path(spec.model).is_dir():
+        check_configured(Path(spec.model))
     try:
         return AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # configurations of every kind, each failing in its own way

@@ -122,7 +122,7 @@ def test_what_is_no_such_file(llama, tmp_path):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"arch": "grok"}, "does not convert this GGUF file of architecture grok"),
+        ({"arch": "grok"}, "does not convert GGUF files of architecture grok"),
         ({"fields": {"split.count": 3}}, "is one of 3 files of a model: join them with"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, r"scales its positions \(rope.*: yarn"),
         ({"more": {"rope_freqs.weight": torch.ones(4)}}, r"scales its positions \(rope_freqs"),

@@ -143,7 +143,8 @@ def posted(url, fusion, length, prompt=PROMPT, messages=None):
 
 
 def joined(choices, field):
-    return list(itertools.chain(*(choice["fusion"][field] for choice in choices)))
+    """Of all choices that have tokens; a chat begins with one that has none."""
+    return list(itertools.chain(*(each["fusion"][field] for each in choices if "fusion" in each)))
 
 
 def answered_by(page, *bodies):
