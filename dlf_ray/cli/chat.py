@@ -59,9 +59,9 @@ def chat(
     system: System = None,
     chat_template: ChatTemplate = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
     rule: RuleName = None,
@@ -74,11 +74,12 @@ def chat(
     """Talk with a family; /help lists what can be changed on the way."""
     with errors():
         loaded = Family.from_yaml(family)
-        sampling = sampling_of(max_tokens, temperature, top_p, top_k, seed, stop)
+        given = sampling_of(max_tokens, temperature, top_p, top_k, seed, stop)
         options = fusion_of(rule, select, experts, alone)
         resolve(loaded, options)  # what is wrong shows before anything is loaded
         with engine_of(loaded, local) as engine:
             engine.templates(chat_template)
+            sampling = engine.default_sampling(**given)
             talk = Talk(engine, sampling, options, system, chat_template, show_weights)
             talk.run()
 

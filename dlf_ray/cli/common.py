@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,9 +28,9 @@ Local = Annotated[
 
 # How text is drawn
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
-TopP = Annotated[float, typer.Option(help="Keep the most probable tokens of this mass.")]
-TopK = Annotated[int, typer.Option(help="Keep so many tokens; 0 keeps all.", min=0)]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0)]
+TopP = Annotated[float | None, typer.Option(help="Keep the most probable tokens of this mass.")]
+TopK = Annotated[int | None, typer.Option(help="Keep so many tokens; 0 keeps all.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Of the draws at a temperature.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the text.")]
 
@@ -80,21 +80,24 @@ def engine_of(family: Family, local: bool, *, models: Collection[str] | None = N
 
 def sampling_of(
     max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
     seed: int | None,
     stop: list[str] | None,
-) -> SamplingParams:
-    """Raises `ValueError` for what cannot be."""
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
+) -> dict[str, Any]:
+    """What was given, for `default_sampling`. Raises `ValueError` for what cannot be."""
+    asked = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    SamplingParams(**given)
+    return given
 
 
 def fusion_of(

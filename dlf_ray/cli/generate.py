@@ -48,9 +48,9 @@ def generate(
     system: System = None,
     chat_template: ChatTemplate = None,
     max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
     rule: RuleName = None,
@@ -69,7 +69,7 @@ def generate(
         loaded = Family.from_yaml(family)
         if not chat and (system is not None or chat_template is not None):
             raise ValueError("--system and --chat-template are of a conversation: add --chat")
-        sampling = sampling_of(max_tokens, temperature, top_p, top_k, seed, stop)
+        given = sampling_of(max_tokens, temperature, top_p, top_k, seed, stop)
         options: FusionOptions = fusion_of(rule, select, experts, alone)
         options["trace"] = trace is not None
         colours = colours_of(loaded)

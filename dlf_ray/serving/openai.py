@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from pydantic import Field, model_validator
@@ -148,6 +148,11 @@ class Generate(Anyway):
         if shaped and self.structured_outputs:
             raise ValueError("give `response_format` or `structured_outputs`, not both")
         return self.structured_outputs.shape if self.structured_outputs else shaped
+
+    def recommended(self, sampling: Mapping[str, Any]) -> Self:
+        """The request with the `sampling` that is recommended where it says nothing of it."""
+        given = self.model_fields_set
+        return self.model_copy(update={n: v for n, v in sampling.items() if n not in given})
 
     def _sampling(self, max_tokens: int, **logprobs: int | None) -> SamplingParams:
         return SamplingParams(

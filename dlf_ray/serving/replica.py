@@ -162,6 +162,7 @@ class Replica:
         asked = await self._asked(model, request)
         tokenized = ("replica", "tokenize", start, time.perf_counter() - began)
         asked = [each for each in asked for _ in range(request.n)]
+        request = request.recommended(self.engine.limits.sampling)
         sampling = request.sampling(self.context)
         calls = [
             (each, seeded(each.ending(sampling), k % request.n)) for k, each in enumerate(asked)
