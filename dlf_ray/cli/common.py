@@ -87,7 +87,7 @@ def sampling_of(
     stop: list[str] | None,
 ) -> dict[str, Any]:
     """What was given, for `default_sampling`. Raises `ValueError` for what cannot be."""
-    asked = {
+    asked: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,

@@ -75,6 +75,7 @@ def generate(
         colours = colours_of(loaded)
         spans: list[Span] = []
         with engine_of(loaded, local) as engine:
+            sampling = engine.default_sampling(**given)
             for each in prompt:
                 whole: list[Output] = []
                 asked: tuple[Prompts, SamplingParams] = each, sampling

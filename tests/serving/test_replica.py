@@ -49,7 +49,7 @@ class Engine:
     render, templates = BaseEngine.render, BaseEngine.templates
 
     def __init__(self, family, tokenizer, context):
-        self.chat_templates = {}
+        self.tokenizers, self.chat_templates = {}, {}
         self.family = family
         self.tokenizer = tokenizer
         self.limits = Limits(dict.fromkeys(family.models, context), 300)
