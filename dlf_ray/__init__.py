@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from dlf_ray.config import Family
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import SamplingParams
+from dlf_ray.messages import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from dlf_ray.engine.engine import Engine
     from dlf_ray.engine.local import LocalEngine
 
-__all__ = ["Engine", "EngineError", "Family", "LocalEngine", "Output", "SamplingParams"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "Family",
+    "LocalEngine",
+    "Output",
+    "SamplingParams",
+    "StructuredOutputs",
+]
 
 
 def __getattr__(name: str) -> Any:
