@@ -234,6 +234,8 @@ class ChatRequest(AnywayInChat, Generate):
     """The new name of `max_tokens`; without either, up to the context."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
+    chat_template_kwargs: AnyObject = {}
+    """What the template is given beside the messages, such as `{"enable_thinking": false}`."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> ChatRequest:

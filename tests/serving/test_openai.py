@@ -192,6 +192,12 @@ def test_tools_that_are_not_to_be_called_are_not_shown():
         ({"guided_choice": ["a"]}, "guided_choice", "`structured_outputs`"),
         ({"continue_final_message": True}, "continue_final_message", "false"),
         ({"metadata": {"run": 7}}, "metadata.run", "string"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs", "dictionary"),
+        (
+            {"chat_template_kwargs": {str(k): 1 for k in range(257)}},
+            "chat_template_kwargs",
+            "256",
+        ),
         ({"metadata": {str(k): "x" for k in range(17)}}, "metadata", "16"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obf", "false"),
         ({"messages": [{**MESSAGE, "role": "tool"}]}, "messages.0.role", "user"),
@@ -351,6 +357,12 @@ def test_programs_have_the_same_limits(shape):
 def test_brackets_in_the_strings_of_a_schema_do_not_nest():
     text = '{"title": "' + "[" * 100 + '\\"{"}'
     assert StructuredOutputs(json=text).json == text
+
+
+def test_templates_are_given_what_the_request_has_for_them():
+    given = {"enable_thinking": False, "tools": None}
+    asked = ChatRequest.model_validate({"messages": [MESSAGE], "chat_template_kwargs": given})
+    assert asked.chat_template_kwargs == given
 
 
 def test_a_message_is_taken_as_clients_keep_it():
