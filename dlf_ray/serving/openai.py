@@ -32,6 +32,7 @@ from dlf_ray.serving.shapes import ResponseFormat, Structured
 from dlf_ray.serving.wire import (
     MAX_NAME,
     MAX_NAMES,
+    UNSUPPORTED,
     AnyObject,
     ByName,
     Count,
@@ -412,10 +413,11 @@ class Problem:
             return cls(400, "the body must be a JSON object, of content type application/json")
         if first["type"] == "extra_forbidden":
             todo = HINTS.get(name, "leave it out")
-            return cls(400, f"`{name}` is not supported; {todo}", name, "unsupported")
+            return cls(400, f"`{name}` is not supported; {todo}", name, UNSUPPORTED)
         # A field that may be several things has an error for each of them.
         alike = [_said(each) for each in errors if _place(each["loc"]) == name]
-        return cls(400, f"`{name}`: {'; or: '.join(dict.fromkeys(alike))}", name)
+        code = UNSUPPORTED if first["type"] == UNSUPPORTED else None
+        return cls(400, f"`{name}`: {'; or: '.join(dict.fromkeys(alike))}", name, code)
 
 
 def _said(error: Mapping[str, Any]) -> str:

@@ -16,9 +16,9 @@ from pydantic import (
     GetJsonSchemaHandler,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from dlf_ray.messages import MAX_STOP_LENGTH, MAX_WEIGHT
+from dlf_ray.messages import MAX_NESTING, MAX_STOP_LENGTH, MAX_WEIGHT
 
 MAX_PROMPTS = 2048
 """Prompts, messages, or parts of a message in one request."""
@@ -26,6 +26,8 @@ MAX_NAMES = 256
 """Models that a request says something about."""
 MAX_NAME = 256
 """Characters of what is only looked up, or only logged."""
+UNSUPPORTED = "unsupported"
+"""The code of an error about what could only be ignored."""
 Json: TypeAlias = dict[str, Any]
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -49,7 +51,22 @@ def at_most(count: int) -> Any:
 Listed: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 Some: TypeAlias = Annotated[Listed[T], at_most(MAX_PROMPTS), Field(max_length=MAX_PROMPTS)]
 ByName: TypeAlias = Annotated[dict[Name, T], at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
-AnyObject: TypeAlias = Annotated[Json, at_most(MAX_NAMES), Field(max_length=MAX_NAMES)]
+
+
+def _shallow(value: Json) -> Json:
+    """Whatever carries an object on goes into it, and further than some depth it cannot."""
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for some in inside for each in some if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"nests more than {MAX_NESTING} levels deep")
+    return value
+
+
+AnyObject: TypeAlias = Annotated[
+    Json, at_most(MAX_NAMES), Field(max_length=MAX_NAMES), AfterValidator(_shallow)
+]
 """One of which only others know what may be in it."""
 
 
@@ -96,7 +113,8 @@ class Only:
         if value in alike:
             return value
         shown = " or ".join(map(json.dumps, self.values))
-        raise ValueError(f"{self.why}; leave it out, or give {shown}")
+        said = {"why": f"{self.why}; leave it out, or give {shown}"}
+        raise PydanticCustomError(UNSUPPORTED, "{why}", said)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

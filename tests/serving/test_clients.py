@@ -172,24 +172,33 @@ def test_parts_of_characters_have_their_bytes(client):
     assert "" in shown.tokens  # the first parts of a character
     before = ["".join(shown.tokens[:k]) for k in range(len(shown.tokens))]
     assert shown.text_offset == list(map(len, before))
-    forced = {"logit_bias": {str(token): 100 for token in client_tokens(client, "\U0001f600")}}
+    asked = {"prompt": "The moon", "continuation": EMOJI}
+    scored = posted(client, "/v1/score", **asked)["data"][0]["tokens"]
+    assert "".join(scored) == EMOJI
+    tokens = posted(client, "/tokenize", prompt="\U0001f600")["tokens"]
     answer = client.chat.completions.create(
-        model="dlf", messages=[HELLO], max_tokens=12, logprobs=True, top_logprobs=1, **forced
+        model="dlf",
+        messages=[HELLO],
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=1,
+        logit_bias={str(token): 100 for token in tokens},
     )
     entries = answer.choices[0].logprobs.content
-    assert all(len(each.bytes) == 1 for each in entries)
-    whole = bytes(byte for each in entries for byte in each.bytes)
-    assert set(whole) <= set("\U0001f600".encode())
+    said = b"".join(bytes(each.bytes) for each in entries)
+    assert len(said) == 12  # each token is a byte
+    assert set(said) <= set("\U0001f600".encode())
 
 
-def client_tokens(client, text):
+def posted(client, path, **body):
     answer = requests.post(
-        str(client.base_url).replace("/v1/", "/tokenize"),
-        json={"model": "dlf", "prompt": text},
+        str(client.base_url).replace("/v1/", path),
+        json={"model": "dlf", **body},
         headers={"Authorization": f"Bearer {KEY}"},
         timeout=TIMEOUT_S,
     )
-    return answer.json()["tokens"]
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 # LiteLLM

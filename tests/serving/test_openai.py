@@ -272,6 +272,23 @@ def nested(levels):
     return schema
 
 
+@pytest.mark.parametrize("levels", [65, 600])
+def test_objects_that_nest_too_deeply_are_refused_before_they_are_sent_on(levels):
+    deep = {"deep": [nested(levels - 2)]}
+    chat = {"messages": [MESSAGE]}
+    for kind, body, param in (
+        (ChatRequest, {**chat, "chat_template_kwargs": deep}, "chat_template_kwargs"),
+        (ChatRequest, {**chat, "tools": [deep], "tool_choice": "none"}, "tools.0"),
+        (ExpertRequest, {"name": "x", "expert": deep}, "expert"),
+    ):
+        found = problem(kind, **body)
+        assert (found.status, found.param) == (400, param)
+        assert "64 levels" in found.message
+    just = {"deep": [nested(61)]}
+    kept = ChatRequest.model_validate({**chat, "chat_template_kwargs": just})
+    assert kept.chat_template_kwargs == just
+
+
 @pytest.mark.parametrize(
     ("shape", "param", "words"),
     [
@@ -363,6 +380,12 @@ def test_templates_are_given_what_the_request_has_for_them():
     given = {"enable_thinking": False, "tools": None}
     asked = ChatRequest.model_validate({"messages": [MESSAGE], "chat_template_kwargs": given})
     assert asked.chat_template_kwargs == given
+
+
+def test_what_could_only_be_ignored_has_a_code():
+    for body in ({"store": True}, {"no_such_field": 1}, {"tool_choice": "required"}):
+        assert problem(ChatRequest, messages=[MESSAGE], **body).code == "unsupported"
+    assert problem(ChatRequest, messages=[MESSAGE], n=0).code is None
 
 
 def test_a_message_is_taken_as_clients_keep_it():

@@ -120,7 +120,7 @@ def fill(strict, stream, id="fills"):
         answer = strict.post(prompt=[5], max_tokens=1)
         if answer.status_code == 429:
             assert int(answer.headers["Retry-After"]) > 0
-            refused(answer, 429, "waiting")
+            assert refused(answer, 429, "waiting")["code"] == "rate_limit_exceeded"
             return connection
         connection.close()  # it came later than the other
     raise AssertionError("never full")
