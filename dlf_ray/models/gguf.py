@@ -26,6 +26,8 @@ from dlf_ray.config import ModelSpec
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The types of weights that are not packed."""
+PLAIN = ("default", "gpt-2", "gpt2")
+"""Ways to cut a text that are GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Header:
     """Of all weights."""
     tokens: int
     """In its vocabulary; 0 without one."""
+    splits: str
+    """How its tokenizer cuts texts before it joins bytes, by llama.cpp's name, if it does."""
 
 
 def check_gguf(source: str) -> Header:
@@ -88,7 +92,9 @@ def _read(source: str, changed: int, size: int) -> Header:
     dtype = FLOATS[half] if types <= FLOATS.keys() else "float32"
     vocabulary = reader.fields.get("tokenizer.ggml.tokens")
     tokens = len(vocabulary.data) if vocabulary else 0
-    return Header(architecture, dtype, sum(map(prod, sizes.values())), tokens)
+    joins = said.get("tokenizer.ggml.model") == "gpt2"
+    splits = str(said.get("tokenizer.ggml.pre", "")) if joins else ""
+    return Header(architecture, dtype, sum(map(prod, sizes.values())), tokens, splits)
 
 
 def _short(field: Any) -> bool:
@@ -129,6 +135,24 @@ def loading(source: str, what: str = "GGUF files of architecture") -> Iterator[d
                 f"convert {what} {header.architecture} ({reason}); name the original folder or hub "
                 "id instead"
             ) from error
+
+
+def surprise(source: str) -> str | None:
+    """What may be otherwise than thought with the tokenizer of a file."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS as known,
+        )
+    except ImportError:  # a release that takes GPT-2's way for all
+        known = {}
+    splits = check_gguf(source).splits
+    if not splits or splits in (*known, *PLAIN):
+        return None
+    return (
+        f"{source} cuts texts as `{splits}` does, which transformers {transformers.__version__} "
+        "does not know: numbers, for one, may become other tokens than in training; set `tokenizer:` to "
+        "the original folder or hub id"
+    )
 
 
 def tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec
+from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec, is_gguf
 from dlf_ray.models import gguf
 from dlf_ray.models.adapters import (
     CONFIG,
@@ -196,6 +196,9 @@ class _Look:
         tokenizer = self._ask(self.common, load_tokenizer, spec)
         if tokenizer is None:
             return
+        source = spec.tokenizer or spec.model
+        if is_gguf(source) and (surprise := gguf.surprise(source)):
+            self._warn(surprise)
         template: Any = getattr(tokenizer, "chat_template", None)
         eos = tokenizer.eos_token_id
         self.facts["vocabulary"] = tokenizer.get_vocab()

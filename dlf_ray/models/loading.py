@@ -62,6 +62,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             return load_tokenizer(base_of(spec, adapter))
         where = adapter
     if is_gguf(where):
+        if surprise := gguf.surprise(where):
+            log.warning(surprise)
         return gguf.tokenizer(where)
     check_folder(where)
     try:

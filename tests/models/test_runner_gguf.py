@@ -181,6 +181,17 @@ def test_a_family_of_files(llama, file, tmp_path, monkeypatch):
         assert re.search(rf"{name} +file +LlamaForCausalLM +yes", shown.output)
 
 
+def test_texts_that_may_be_cut_otherwise(llama, tmp_path, caplog):
+    file = ggufs.write(llama, tmp_path / "tiny.gguf", splits="smollm")
+    words = f"{file} cuts texts as `smollm` does, which transformers"
+    load_tokenizer(ModelSpec(model=str(file)))
+    assert words in caplog.text
+    (problem,) = inspect(ModelSpec(model=str(file)), EngineConfig()).problems
+    assert (problem.kind, words in problem.text) == ("warning", True)
+    known = inspect(ModelSpec(model=str(file), tokenizer=str(llama)), EngineConfig())
+    assert known.problems == ()
+
+
 def test_what_the_check_knows_of_one(llama, file):
     told = inspect(ModelSpec(model=str(file)), EngineConfig())
     of_folder = inspect(ModelSpec(model=str(llama)), EngineConfig())
