@@ -150,8 +150,8 @@ def surprise(source: str) -> str | None:
         return None
     return (
         f"{source} cuts texts as `{splits}` does, which transformers {transformers.__version__} "
-        "does not know: numbers, for one, may become other tokens than in training; set `tokenizer:` to "
-        "the original folder or hub id"
+        "does not know: numbers, for one, may become other tokens than in training; set "
+        "`tokenizer:` to the original folder or hub id"
     )
 
 
