@@ -85,6 +85,8 @@ class _Look:
         """What is wrong with the model itself, whoever computes it."""
         self.transformers: list[Problem] = []
         self.vllm: list[Problem] = []
+        self.notes: list[Problem] = []
+        """What may surprise, while it is computed all the same."""
         self.facts: dict[str, Any] = {}
         self.tensors: Tensors = {}
         self.quantized = False
@@ -134,7 +136,7 @@ class _Look:
             backend=backend,
             transformers=Verdict((*self.common, *self.transformers)),
             vllm=Verdict((*self.common, *self.vllm)),
-            problems=(*self.common, *own),
+            problems=(*self.common, *own, *self.notes),
             **self.facts,
         )
 
@@ -198,7 +200,7 @@ class _Look:
             return
         source = spec.tokenizer or spec.model
         if is_gguf(source) and (surprise := gguf.surprise(source)):
-            self._warn(surprise)
+            self.notes.append(Problem("warning", surprise))
         template: Any = getattr(tokenizer, "chat_template", None)
         eos = tokenizer.eos_token_id
         self.facts["vocabulary"] = tokenizer.get_vocab()
@@ -233,7 +235,7 @@ class _Look:
         if problem := told and weights_problem(self.source, told):
             self._error(problem)
         elif unused := told and unused_weights(self.source, told):
-            self._warn(unused)
+            self.notes.append(Problem("warning", unused))
 
     def _architecture(self, config: Any, text: Any) -> None:
         """Whether it is a causal LM, and whether its layers can be."""
@@ -391,6 +393,7 @@ class _Look:
             (self.common, below.common),
             (self.transformers, below.transformers),
             (self.vllm, below.vllm),
+            (self.notes, below.notes),
         ):
             mine += [replace(each, text=f"its base: {each.text}") for each in theirs]
         self.facts = {**self.facts, **below.facts}

@@ -62,8 +62,6 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             return load_tokenizer(base_of(spec, adapter))
         where = adapter
     if is_gguf(where):
-        if surprise := gguf.surprise(where):
-            log.warning(surprise)
         return gguf.tokenizer(where)
     check_folder(where)
     try:
@@ -181,6 +179,8 @@ def _load_file(spec: ModelSpec) -> tuple[Any, Mapping[str, Any]]:
     with gguf.loading(spec.model) as where:
         model, told = _from_pretrained(spec, **where, **how)
     gguf.make_plain(model)
+    if not spec.tokenizer and (surprise := gguf.surprise(spec.model)):
+        log.warning(surprise)
     return model, told
 
 

@@ -78,12 +78,8 @@ def test_an_adapter_with_a_base_of_its_own(folder, oracle, tmp_path):
     own = ExpertSpec(model=str(moved), adapter=str(adapter), num_cpus=0.1)
     experts = {**whole.experts, "facts": own}
     with LocalEngine(msgspec.structs.replace(whole, experts=experts)) as engine:
-        assert set(engine.coordinator.fabric._fabric._workers) == {
-            "large",
-            "base",
-            "facts",
-            "prose",
-        }
+        workers = engine.coordinator.fabric._fabric._workers
+        assert set(workers) == {"large", "base", "facts", "prose"}
         agree(engine, oracle)
 
 

@@ -184,10 +184,11 @@ def test_a_family_of_files(llama, file, tmp_path, monkeypatch):
 def test_texts_that_may_be_cut_otherwise(llama, tmp_path, caplog):
     file = ggufs.write(llama, tmp_path / "tiny.gguf", splits="smollm")
     words = f"{file} cuts texts as `smollm` does, which transformers"
-    load_tokenizer(ModelSpec(model=str(file)))
+    load_model(ModelSpec(model=str(file)))
     assert words in caplog.text
-    (problem,) = inspect(ModelSpec(model=str(file)), EngineConfig()).problems
-    assert (problem.kind, words in problem.text) == ("warning", True)
+    facts = inspect(ModelSpec(model=str(file)), EngineConfig())
+    assert [(each.kind, words in each.text) for each in facts.problems] == [("warning", True)]
+    assert facts.transformers.takes
     known = inspect(ModelSpec(model=str(file), tokenizer=str(llama)), EngineConfig())
     assert known.problems == ()
 

@@ -239,9 +239,8 @@ def test_adapters_that_it_cannot_compute_are_refused(folder, tmp_path, change, m
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapters_of_embeddings_are_refused(folder, tmp_path, target):
     there = adapter(folder, tmp_path / "adapter", target_modules=[target])
-    with pytest.raises(
-        ValueError, match=rf"has .*{target}\..*which vLLM cannot compute.*as `model:"
-    ):
+    words = rf"has .*{target}\..*which vLLM cannot compute.*as `model:"
+    with pytest.raises(ValueError, match=words):
         check_adapter(there, str(folder))
 
 
