@@ -251,6 +251,8 @@ def configuration(spec: ModelSpec) -> Any:
         reason = _line(error)
         if "does not recognize this architecture" in reason:
             reason = f"{reason.split(' but ')[0]}, which it does not know"
+        elif "module 'torch' has no attribute" in reason:
+            reason = f"its `dtype` is none of torch's ({reason})"
         raise ValueError(
             f"{spec.model} has no configuration that transformers {transformers.__version__} "
             f"reads: {reason}"
@@ -291,7 +293,8 @@ def check_quantized(config: Any, spec: ModelSpec) -> None:
     kind = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
     try:
         quantizer = AutoHfQuantizer.from_config(packed, pre_quantized=True)
-        quantizer.validate_environment(device_map={"": _device_map(spec)})
+        place = _device_map(spec)
+        quantizer.validate_environment(device_map=place if place == "auto" else {"": place})
     except Exception as error:  # each kind has libraries and conditions of its own
         kind = getattr(kind, "value", kind)
         raise ValueError(
