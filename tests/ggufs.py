@@ -25,6 +25,7 @@ def write(
     fields: Mapping[str, Any] | None = None,
     more: Mapping[str, torch.Tensor] | None = None,
     without: str | None = None,
+    splits: str = "default",
 ) -> Path:
     """Writes a Llama model with its tokenizer, matrices as `kind`, `more` tensors or one less."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -42,7 +43,7 @@ def write(
     for name, value in (fields or {}).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_string
         add(name, value)
-    _tokenizer(writer, folder)
+    _tokenizer(writer, folder, splits)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     weights = {
         names.get_name(key, try_suffixes=(".weight",)): _as_ggml(key, weight, config)
@@ -70,14 +71,14 @@ def _as_ggml(key: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
     return weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
+def _tokenizer(writer: gguf.GGUFWriter, folder: Path, splits: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     special = set(tokenizer.all_special_tokens)
     state = tokenizer.backend_tokenizer.model.__getstate__()
     merges = json.loads(state)["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list([token for token, _ in vocab])
     writer.add_token_types([CONTROL if token in special else NORMAL for token, _ in vocab])
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]

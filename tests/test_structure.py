@@ -22,7 +22,7 @@ LIBRARIES = {
     "transformers": {"bench_backends", "models", "training.demo", "training.train"},
     "vllm": {"bench_backends", "models.inspect", "models.vllm_extension", "models.vllm_runner"},
     "gguf": {"models.gguf"},
-    "peft": {"bench_backends", "models.adapters", "models.loading"},
+    "peft": {"bench_backends", "models.adapters", "models.merging"},
     "typer": {"cli"},
     "llguidance": {"decoding.structured"},
     "datasets": {"evaluation.tasks.data"},

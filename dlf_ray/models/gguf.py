@@ -18,14 +18,25 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from tokenizers import Tokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dlf_ray.config import ModelSpec
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The types of weights that are not packed."""
+FREQUENCIES = "rope_freqs.weight"
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""How Llama 3.1 and later scale positions, which such a file holds worked out."""
+PLAIN = ("default", "gpt-2", "gpt2")
+"""Ways to cut a text that are GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,10 @@ class Header:
     """Of all weights."""
     tokens: int
     """In its vocabulary; 0 without one."""
+    splits: str
+    """How its tokenizer cuts texts before it joins bytes, by llama.cpp's name, if it does."""
+    slower: tuple[float, ...] = ()
+    """By how much each of the frequencies that tell positions apart is divided, if they are."""
 
 
 def check_gguf(source: str) -> Header:
@@ -76,19 +91,26 @@ def _read(source: str, changed: int, size: int) -> Header:
             f"{source} is one of {parts} files of a model: join them with "
             "`llama-gguf-split --merge` of llama.cpp"
         )
-    scaled = [name for name in sizes if name.startswith("rope_f")]  # rope_freqs, rope_factors_long
+    slower = [each.data.tolist() for each in reader.tensors if each.name == FREQUENCIES]
+    scaled = [name for name in sizes if name.startswith("rope_f") and name != FREQUENCIES]
     kind = said.get(f"{architecture}.rope.scaling.type", "none")
     if scaled or kind != "none":
-        what = scaled[0] if scaled else f"rope.scaling.type: {kind}"
-        raise ValueError(
-            f"{source} scales its positions ({what}), which transformers does not read from GGUF "
-            "files: use the model's folder of safetensors"
-        )
+        raise _scaled(source, scaled[0] if scaled else f"rope.scaling.type: {kind}")
     half = next((kind for kind in ("BF16", "F16") if kind in types), "F32")  # beside norms in F32
     dtype = FLOATS[half] if types <= FLOATS.keys() else "float32"
     vocabulary = reader.fields.get("tokenizer.ggml.tokens")
     tokens = len(vocabulary.data) if vocabulary else 0
-    return Header(architecture, dtype, sum(map(prod, sizes.values())), tokens)
+    joins = said.get("tokenizer.ggml.model") == "gpt2"
+    splits = str(said.get("tokenizer.ggml.pre", "")) if joins else ""
+    numbers = sum(prod(size) for name, size in sizes.items() if name != FREQUENCIES)
+    return Header(architecture, dtype, numbers, tokens, splits, *map(tuple, slower))
+
+
+def _scaled(source: str, what: str) -> ValueError:
+    return ValueError(
+        f"{source} scales its positions ({what}) in a way that transformers does not read from "
+        "GGUF files: use the model's folder of safetensors"
+    )
 
 
 def _short(field: Any) -> bool:
@@ -105,7 +127,23 @@ def configuration(source: str) -> Any:
 @functools.lru_cache(maxsize=8)
 def _configuration(source: str, changed: int | None, size: int | None) -> Any:
     with loading(source) as where:
-        return transformers.AutoConfig.from_pretrained(**where)
+        config: Any = transformers.AutoConfig.from_pretrained(**where)
+    if slower := check_gguf(source).slower:
+        plain = _frequencies(config)
+        config.rope_parameters = {
+            **config.rope_parameters,
+            **{"rope_type": "llama3", "factor": max(slower), **LLAMA3},
+        }
+        divided = plain / torch.tensor(slower)
+        if config.model_type != "llama" or not torch.allclose(_frequencies(config), divided, 1e-4):
+            raise _scaled(source, FREQUENCIES)
+    return config
+
+
+def _frequencies(config: Any) -> torch.Tensor:
+    """Those that tell the positions of a Llama model apart."""
+    frequencies: torch.Tensor = LlamaRotaryEmbedding(config).inv_freq
+    return frequencies
 
 
 @contextlib.contextmanager
@@ -129,6 +167,24 @@ def loading(source: str, what: str = "GGUF files of architecture") -> Iterator[d
                 f"convert {what} {header.architecture} ({reason}); name the original folder or hub "
                 "id instead"
             ) from error
+
+
+def surprise(source: str) -> str | None:
+    """What may be otherwise than thought with the tokenizer of a file."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+            GGUF_PRE_TOKENIZER_SPLITS as known,
+        )
+    except ImportError:  # a release that takes GPT-2's way for all
+        known = {}
+    splits = check_gguf(source).splits
+    if not splits or splits in (*known, *PLAIN):
+        return None
+    return (
+        f"{source} cuts texts as `{splits}` does, which transformers {transformers.__version__} "
+        "does not know: numbers, for one, may become other tokens than in training; set "
+        "`tokenizer:` to the original folder or hub id"
+    )
 
 
 def tokenizer(source: str) -> PreTrainedTokenizerBase:

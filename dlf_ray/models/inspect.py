@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec
+from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec, is_gguf
 from dlf_ray.models import gguf
 from dlf_ray.models.adapters import (
     CONFIG,
@@ -87,6 +87,8 @@ class _Look:
         """What is wrong with the model itself, whoever computes it."""
         self.transformers: list[Problem] = []
         self.vllm: list[Problem] = []
+        self.notes: list[Problem] = []
+        """What may surprise, while it is computed all the same."""
         self.facts: dict[str, Any] = {}
         self.tensors: Tensors = {}
         self.quantized = False
@@ -136,7 +138,7 @@ class _Look:
             backend=backend,
             transformers=Verdict((*self.common, *self.transformers)),
             vllm=Verdict((*self.common, *self.vllm)),
-            problems=(*self.common, *own),
+            problems=(*self.common, *own, *self.notes),
             **self.facts,
         )
 
@@ -198,6 +200,9 @@ class _Look:
         tokenizer = self._ask(self.common, load_tokenizer, spec)
         if tokenizer is None:
             return
+        source = spec.tokenizer or spec.model
+        if is_gguf(source) and (surprise := gguf.surprise(source)):
+            self.notes.append(Problem("warning", surprise))
         template: Any = getattr(tokenizer, "chat_template", None)
         eos = tokenizer.eos_token_id
         self.facts["vocabulary"] = tokenizer.get_vocab()
@@ -233,7 +238,7 @@ class _Look:
         if problem := told and weights_problem(self.source, told):
             self._error(problem)
         elif unused := told and unused_weights(self.source, told):
-            self._warn(unused)
+            self.notes.append(Problem("warning", unused))
 
     def _architecture(self, config: Any, text: Any) -> None:
         """Whether it is a causal LM, and whether its layers can be."""
@@ -390,6 +395,7 @@ class _Look:
             (self.common, below.common),
             (self.transformers, below.transformers),
             (self.vllm, below.vllm),
+            (self.notes, below.notes),
         ):
             mine += [replace(each, text=f"its base: {each.text}") for each in theirs]
         self.facts = {**self.facts, **below.facts}

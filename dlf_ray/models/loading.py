@@ -153,6 +153,8 @@ def _load_file(spec: ModelSpec) -> tuple[Any, Mapping[str, Any]]:
     with gguf.loading(spec.model) as where:
         model, told = _from_pretrained(spec, **where, **how)
     gguf.make_plain(model)
+    if not spec.tokenizer and (surprise := gguf.surprise(spec.model)):
+        log.warning(surprise)
     return model, told
 
 
@@ -223,6 +225,8 @@ def configuration(spec: ModelSpec) -> Any:
         reason = _line(error)
         if "does not recognize this architecture" in reason:
             reason = f"{reason.split(' but ')[0]}, which it does not know"
+        elif "module 'torch' has no attribute" in reason:
+            reason = f"its `dtype` is none of torch's ({reason})"
         raise ValueError(
             f"{spec.model} has no configuration that transformers {transformers.__version__} "
             f"reads: {reason}"
@@ -263,7 +267,8 @@ def check_quantized(config: Any, spec: ModelSpec) -> None:
     kind = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
     try:
         quantizer = AutoHfQuantizer.from_config(packed, pre_quantized=True)
-        quantizer.validate_environment(device_map={"": _device_map(spec)})
+        place = _device_map(spec)
+        quantizer.validate_environment(device_map=place if place == "auto" else {"": place})
     except Exception as error:  # each kind has libraries and conditions of its own
         kind = getattr(kind, "value", kind)
         raise ValueError(

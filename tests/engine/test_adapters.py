@@ -1,10 +1,14 @@
 """Experts that are adapters over the base: one worker, one copy of weights, the same answers."""
 
+import shutil
+
+import msgspec
 import pytest
 from conftest import EXPERTS, adapted, params_of, prompts_of
 from oracle import Oracle
 
 from dlf_ray import Engine, Family, LocalEngine, SamplingParams
+from dlf_ray.config import ExpertSpec
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_over_ray_too_in_an_actor_less(ray_cluster, folder, oracle):
             engine.remove_expert("math")
         with pytest.raises(ValueError, match="give it as `model`"):
             engine.add_expert("more", {"adapter": str(folder / "math-adapter")})
-        merged = {"model": str(folder / "math-adapter"), "tokenizer": str(folder / "base")}
+        merged = {"model": str(folder / "base"), "adapter": str(folder / "math-adapter")}
         engine.add_expert("more", {**merged, "num_cpus": 0.1})
         (output,) = engine.generate(
             [[5, 6]], SamplingParams(max_tokens=4), experts=["math", "more"]
@@ -62,6 +66,21 @@ def test_over_ray_too_in_an_actor_less(ray_cluster, folder, oracle):
         assert len(output.token_ids) == 4
         engine.remove_expert("prose")
         assert engine.generate([[5, 6]])[0].error is None
+
+
+def test_an_adapter_with_a_base_of_its_own(folder, oracle, tmp_path):
+    """The base that it names is not there any more: where it is stands beside it."""
+    moved = shutil.copytree(folder / "base", tmp_path / "moved")
+    adapter = shutil.copytree(folder / "facts-adapter", tmp_path / "adapter")
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "base"), str(tmp_path / "gone")))
+    whole = family(folder)
+    own = ExpertSpec(model=str(moved), adapter=str(adapter), num_cpus=0.1)
+    experts = {**whole.experts, "facts": own}
+    with LocalEngine(msgspec.structs.replace(whole, experts=experts)) as engine:
+        workers = engine.coordinator.fabric._fabric._workers
+        assert set(workers) == {"large", "base", "facts", "prose"}
+        agree(engine, oracle)
 
 
 def test_some_of_them_are_loaded_with_their_base(folder, oracle):

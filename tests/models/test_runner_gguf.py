@@ -125,7 +125,10 @@ def test_what_is_no_such_file(llama, tmp_path):
         ({"arch": "grok"}, "does not convert GGUF files of architecture grok"),
         ({"fields": {"split.count": 3}}, "is one of 3 files of a model: join them with"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, r"scales its positions \(rope.*: yarn"),
-        ({"more": {"rope_freqs.weight": torch.ones(4)}}, r"scales its positions \(rope_freqs"),
+        (
+            {"more": {"rope_freqs.weight": torch.tensor([1.0, 3.0, 2.0, 8.0])}},
+            r"scales its positions \(rope_freqs",
+        ),
         ({"without": "model.layers.1.mlp.up_proj.weight"}, r"lacks 1 weights.*1\.mlp\.up_proj"),
     ],
     ids=["architecture", "one of several", "scaled", "frequencies", "a weight less"],
@@ -138,6 +141,28 @@ def test_files_that_would_be_another_model(llama, tmp_path, how, words):
             load_model(spec)
     else:
         refused(spec, words)
+
+
+def test_positions_of_llama_3(tmp_path):
+    """A file holds the factors worked out, for each frequency."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    how = {"head_dim": 32, "max_position_embeddings": 131072, "rope_parameters": scaling}
+    folder = tiny.model(tmp_path / "model", **how)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    plain = 500000.0 ** -(torch.arange(0, 32, 2) / 32)
+    factors = plain / model.model.rotary_emb.inv_freq
+    assert 7.9 < factors.max() < 8.1
+    assert len({round(factor, 3) for factor in factors.tolist()}) > 2
+    file = ggufs.write(folder, tmp_path / "llama3.gguf", more={"rope_freqs.weight": factors})
+    ids = torch.arange(200)[None]
+    with torch.inference_mode():
+        close(load_model(ModelSpec(model=str(file)))(ids).logits, model(ids).logits)
+    told, of_folder = (
+        inspect(ModelSpec(model=str(path)), EngineConfig()) for path in (file, folder)
+    )
+    assert (told.weight_bytes, told.context) == (of_folder.weight_bytes, of_folder.context)
 
 
 def test_without_the_library(file, monkeypatch):
@@ -179,6 +204,18 @@ def test_a_family_of_files(llama, file, tmp_path, monkeypatch):
     assert shown.exit_code == 0, shown.output
     for name in ("large", "base"):
         assert re.search(rf"{name} +file +LlamaForCausalLM +yes", shown.output)
+
+
+def test_texts_that_may_be_cut_otherwise(llama, tmp_path, caplog):
+    file = ggufs.write(llama, tmp_path / "tiny.gguf", splits="smollm")
+    words = f"{file} cuts texts as `smollm` does, which transformers"
+    load_model(ModelSpec(model=str(file)))
+    assert words in caplog.text
+    facts = inspect(ModelSpec(model=str(file)), EngineConfig())
+    assert [(each.kind, words in each.text) for each in facts.problems] == [("warning", True)]
+    assert facts.transformers.takes
+    known = inspect(ModelSpec(model=str(file), tokenizer=str(llama)), EngineConfig())
+    assert known.problems == ()
 
 
 def test_what_the_check_knows_of_one(llama, file):

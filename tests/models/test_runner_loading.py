@@ -9,9 +9,14 @@ import shutil
 import pytest
 import tiny
 import torch
-from runners import VOCAB, runner
+from runners import VOCAB, close, make_plan, runner
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+)
 
 from dlf_ray.config import EngineConfig, ModelSpec
 from dlf_ray.models.inspect import inspect
@@ -172,7 +177,7 @@ def test_a_configuration_that_cannot_be_read(folder, content, words):
 
 def test_a_type_of_numbers_that_is_none(folder):
     edit(folder, dtype="floaty16")
-    refused(folder, "floaty16")
+    refused(folder, "reads: its `dtype` is none of torch's .*floaty16")
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,23 @@ def test_models_that_do_not_go_on_with_a_text(folder):
     refused(folder, "has an encoder and a decoder")
     configured(folder, "bart", "BartForConditionalGeneration", decoder_layers=1, **small)
     refused(folder, "has an encoder and a decoder")
+
+
+def test_a_model_that_sees_is_asked_for_texts(tmp_path):
+    parts = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {**parts, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**parts, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3", text_config={**text, "vocab_size": VOCAB}, vision_config=vision, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, VOCAB)
+    assert inspect(ModelSpec(model=str(tmp_path)), EngineConfig()).problems == ()
+    got = runner(tmp_path).forward(make_plan((0, 0, [1, 2, 3, 50], 4)))
+    with torch.inference_mode():
+        close(got, model.eval()(input_ids=torch.tensor([[1, 2, 3, 50]])).logits[0])
 
 
 def test_an_encoder(folder):

@@ -14,10 +14,10 @@ from runners import Oracle, Schedule, close, follow, make_plan
 from transformers import AutoModelForCausalLM, MambaConfig
 from vllms import HEAD, Apart, needs_vllm
 
-from dlf_ray.config import EngineConfig, ModelSpec
+from dlf_ray.config import EngineConfig, ExpertSpec, ModelSpec
 from dlf_ray.engine.sharing import joined
 from dlf_ray.engine.transport import WorkerLink
-from dlf_ray.models.vllm_runner import VllmRunner, check_adapter, check_version
+from dlf_ray.models.vllm_runner import VllmRunner, check_adapter, check_source, check_version
 from dlf_ray.models.worker import ModelWorker
 from dlf_ray.plans import Logits
 
@@ -215,6 +215,11 @@ def test_other_releases_are_refused(monkeypatch, installed, message):
     ("change", "message"),
     [
         ({"use_dora": True}, "has DoRA.*backend: transformers.*merged"),
+        ({"trainable_token_indices": [3]}, "`trainable_token_indices`"),
+        ({"lora_bias": True}, "`lora_bias`"),
+        ({"bias": "all"}, "has biases"),
+        ({"init_lora_weights": "pissa"}, "changes its base"),
+        ({"rank_pattern": {"q_proj": 600}}, "rank 600"),
         ({"modules_to_save": ["lm_head"]}, "modules saved whole"),
         ({"r": 1024}, "rank 1024; vLLM takes 512 at most"),
         ({"peft_type": "IA3"}, "of type IA3, not LORA"),
@@ -229,3 +234,18 @@ def test_adapters_that_it_cannot_compute_are_refused(folder, tmp_path, change, m
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match=message):
         check_adapter(there, str(folder))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_of_embeddings_are_refused(folder, tmp_path, target):
+    there = adapter(folder, tmp_path / "adapter", target_modules=[target])
+    words = rf"has .*{target}\..*which vLLM cannot compute.*as `model:"
+    with pytest.raises(ValueError, match=words):
+        check_adapter(there, str(folder))
+
+
+def test_what_is_merged_is_not_for_it(folder, tmp_path):
+    there = adapter(folder, tmp_path / "adapter")
+    for spec in (ModelSpec(model=there), ExpertSpec(model=str(folder), adapter=there)):
+        with pytest.raises(ValueError, match=r"adapter is an adapter: vLLM takes it as `adapter:`"):
+            check_source(spec)
