@@ -93,13 +93,22 @@ def render(
 
     Raises `ValueError` where it does not fit a template, or that not its model.
     """
-    flags = {
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continue_final_message,
-    }
-    texts = {
-        each: rendered(tokenizer, each, messages, kwargs, **flags) for each in templates.values()
-    }
+    texts: dict[str, str] = {}
+    for name, template in templates.items():
+        if template in texts:
+            continue
+        try:
+            texts[template] = rendered(
+                tokenizer,
+                template,
+                messages,
+                kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        except ValueError as error:
+            whose = f" (model {name!r})" if len({*templates.values()}) > 1 else ""
+            raise ValueError(f"{error}{whose}") from None
     tokens = {text: encoded(tokenizer, text) for text in texts.values()}
     own = {name: tokens[texts[template]] for name, template in templates.items()}
     for name, ids in own.items():
