@@ -108,7 +108,9 @@ class _Prompts:
         rest = pairs[texts[self.models[0]]][1]
         prompts = {}
         for name in self.models:
-            ids, limit = pairs[texts[name]][0], lengths[name]
+            (ids, own), limit = pairs[texts[name]], lengths[name]
+            if own != rest:  # its template ends in another way, and keeps its end
+                ids, _ = self._encode(texts[name], "")
             # The last token of a continuation is not computed; an answer needs some room.
             space = limit + 1 - len(rest) if rest else limit - min(room, limit // 2)
             if len(ids) > space:
