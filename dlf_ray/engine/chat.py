@@ -74,7 +74,7 @@ def assigned(
     if not all(found.values()):
         raise ValueError(
             "the large model has no chat template: give one as `chat_template`, a Jinja text or a "
-            "file of one"
+            "file of one, or put a chat_template.jinja into the model's folder"
         )
     return {name: template for name, template in found.items() if template}
 
