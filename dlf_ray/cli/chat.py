@@ -119,12 +119,14 @@ class Talk:
         colours = colours_of(self.engine.family)
         stream: Any = self.engine.stream(made.prompt, made.ending(self.sampling), **self.options)
         with _interruptible() as interrupted, closing(stream):
-            for piece in stream:
-                show(piece, colours)
-                whole.append(piece)
-                if interrupted():
-                    break
-        console.print()
+            try:
+                for piece in stream:
+                    show(piece, colours)
+                    whole.append(piece)
+                    if interrupted():
+                        break
+            finally:
+                console.print()
         if interrupted():
             say("(stopped)", "dim")
         if self.weights:

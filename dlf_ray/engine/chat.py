@@ -74,7 +74,7 @@ def assigned(
     if not all(found.values()):
         raise ValueError(
             "the large model has no chat template: give one as `chat_template`, a Jinja text or a "
-            "file of one"
+            "file of one, or put a chat_template.jinja into the model's folder"
         )
     return {name: template for name, template in found.items() if template}
 
@@ -101,11 +101,16 @@ def render(
     }
     made: dict[tuple[str, str | None], tuple[str, list[int]]] = {}
     ways = {name: (each, name if name in tokenizers else None) for name, each in templates.items()}
-    for template, name in ways.values():
-        if (template, name) not in made:
-            with_ = tokenizers.get(name or "", tokenizer)
-            text = rendered(with_, template, messages, kwargs, **flags)
-            made[template, name] = text, encoded(with_, text)
+    for name, way in ways.items():
+        if way in made:
+            continue
+        speaks = tokenizers.get(name, tokenizer)
+        try:
+            text = rendered(speaks, way[0], messages, kwargs, **flags)
+        except ValueError as error:
+            whose = f" (model {name!r})" if len({*templates.values()}) > 1 else ""
+            raise ValueError(f"{error}{whose}") from None
+        made[way] = text, encoded(speaks, text)
     own = {name: made[way][1] for name, way in ways.items()}
     for name, ids in own.items():
         if not knows(limits, name, ids, of_its_own=name in tokenizers):

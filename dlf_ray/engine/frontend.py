@@ -406,9 +406,13 @@ class BaseEngine(ABC):
         elif isinstance(prompt, Mapping) and all(isinstance(p, str) for p in prompt.values()):
             texts = {name: str(text) for name, text in prompt.items()}
             pairs = {n: self.tokenize_pair(text, continuation) for n, text in texts.items()}
-            own = {name: tuple(one) for name, (one, _) in pairs.items()}
-            shared = own.get(LARGE) or next(iter(own.values()))
             rest = tuple((pairs.get(LARGE) or next(iter(pairs.values())))[1])
+            own = {
+                # one that ends in another way keeps its end
+                name: tuple(one) if tuple(two) == rest else self._encode(texts[name])
+                for name, (one, two) in pairs.items()
+            }
+            shared = own.get(LARGE) or next(iter(own.values()))
         else:
             raise ValueError("a prompt of token ids needs a continuation of token ids")
         if not rest:

@@ -108,7 +108,11 @@ class _Prompts:
         rest = pairs[texts[self.models[0]]][1]
         prompts = {}
         for name in self.models:
-            ids, limit = pairs[texts[name]][0], lengths[name]
+            (ids, own), limit = pairs[texts[name]], lengths[name]
+            if own != rest:  # its template ends in another way, and keeps its end
+                ids, _ = self._encode(texts[name], "")
+            if not ids:
+                raise ValueError("the prompt has no tokens")
             # The last token of a continuation is not computed; an answer needs some room.
             space = limit + 1 - len(rest) if rest else limit - min(room, limit // 2)
             if len(ids) > space:
@@ -195,6 +199,8 @@ def _judged(
             try:
                 choices = map(prompts.asking.choice, item.choices)
                 found = [prompts.of(item, choice, 0) for choice in choices]
+                if not all(rest for _, rest in found):
+                    raise ValueError("a choice has no tokens")
             except ValueError as error:
                 prompts.skipped(item, error)
                 continue

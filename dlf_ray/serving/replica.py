@@ -61,8 +61,8 @@ class Model(BaseModel):
     fusion: FusionSettings = FusionSettings()
     """What a request to this name gets where it says nothing else."""
     chat_template: str | dict[str, str] | None = None
-    """A Jinja template or a file of one, where the tokenizer has none; or one for each model of
-    the family, if they differ."""
+    """A Jinja template or a file of one, for all models instead of their own; or one for each model
+    that is named."""
 
 
 class Replica:

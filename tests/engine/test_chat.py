@@ -181,6 +181,9 @@ def test_one_template_may_be_given_for_all_or_for_some(engine, tmp_path):
     some = engine.render(TALK, chat_template={"base": OWN})
     assert engine.tokenizer.decode(some.prompt["base"]) == one.text
     assert some.prompt["facts"] == some.ids != some.prompt["math"]
+    refusing = {"base": "{{ raise_exception('never') }}"}
+    with pytest.raises(ValueError, match=r"do not fit .*: never \(model 'base'\)"):
+        engine.render(TALK, chat_template=refusing)
     with pytest.raises(ValueError, match="no model 'huge' is loaded"):
         engine.render(TALK, chat_template={"huge": OWN})
 

@@ -194,6 +194,17 @@ def test_a_prompt_of_all_models_is_sent_once(counting):
         counting.generate({"large": "The moon", "huge": "The moon"})
 
 
+def test_prompts_that_end_otherwise_lose_nothing_before_a_common_continuation(counting):
+    """The space at the end of one would go to its own continuation, of which none is used."""
+    texts = {"large": "The moon is", "base": "A train: ", "math": "Two and "}
+    for continuation in ("yes", " yes"):
+        counting.score([texts], [continuation])
+        request = counting.sent[-1]
+        assert counting.tokenizer.decode(request.continuation) == continuation
+        for name, text in texts.items():
+            assert counting.tokenizer.decode(request.prompt_of(name)) == text
+
+
 # ---------------------------------------------------------------- some of the models
 
 

@@ -132,6 +132,42 @@ def test_choices_are_judged_without_their_space(engine, tmp_path):
             np.testing.assert_allclose(judged.logprob, sum(output.logprobs), atol=1e-4)
 
 
+def test_templates_may_end_in_another_way(engine, tmp_path, monkeypatch):
+    """What one ends in belongs to its prompt, not to the continuation of all."""
+    ends = {"large": TURNS + "It is", "math": TURNS + "I say: "}
+    monkeypatch.setattr(engine, "chat_templates", ends)
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "Is it?", "choices": ["so", "not"], "answer": "so"}\n')
+    task = own_task(path, metric="multiple_choice")
+    (answer,) = answers(engine, task, task.load(path).items, {"experts": ["math"]}, asking=CHAT)
+    tokens = engine.tokenizer.encode
+    for choice, judged in zip(("so", "not"), answer.response.choices, strict=True):
+        prompt, rest = engine.render(CHAT.messages(answer.item)).prompt, tokens(choice)
+        (output,) = engine.score([prompt], [rest], experts=["math"])
+        np.testing.assert_allclose(judged.logprob, sum(output.logprobs), atol=1e-4)
+
+
+@pytest.mark.parametrize("asking", [Asking(), CHAT], ids=["plain", "chat"])
+def test_an_item_without_tokens_ends_nothing_but_itself(engine, asking, tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text("")
+    written, judged = (
+        own_task(tmp_path / "own.jsonl", metric=m) for m in ("rouge", "multiple_choice")
+    )
+    monkeypatch.setattr(engine, "chat_templates", {"large": "{{ messages[-1].content }}"})
+    items = [Item("empty", "", answers=("x",)), Item("fine", "Is it?", answers=("x",))]
+    asking = Asking(asking.chat)
+    found = {a.item.id: a for a in answers(engine, written, items, {}, max_tokens=2, asking=asking)}
+    assert "no tokens" in found["empty"].output.error
+    assert found["fine"].scores
+    choices = ("", " b")
+    items = [
+        Item(name, "Is it?", choices=choices[n:] * 2, correct=(0,)) for n, name in enumerate("ab")
+    ]
+    found = {a.item.id: a for a in answers(engine, judged, items, {}, asking=asking)}
+    assert "no tokens" in found["a"].output.error
+    assert found["b"].scores
+
+
 def test_a_template_without_a_system_goes_on_without_it(engine, tmp_path, caplog, monkeypatch):
     """As the harness does; it is said once."""
     monkeypatch.setattr(engine, "chat_templates", {"large": STRICT})

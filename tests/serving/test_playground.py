@@ -266,6 +266,8 @@ def test_foreign_text_is_inert_and_fits(page, width, scheme):
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
+    page.get_by_role("radio", name="Chat").check()
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width
     dark = (
         page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
     )

@@ -207,6 +207,20 @@ def test_an_echo_without_scores_needs_no_engine(made):
     assert problem.status == 400
 
 
+def test_a_conversation_is_read_by_each_model_in_its_own_form(made):
+    made.models = {"dlf": Model(family="f")}
+    own = {"large": "{{ messages[0].content }}", "math": "{{ messages[0].role }}"}
+    made.engine.chat_templates = own
+    request = ChatRequest(messages=[{"role": "user", "content": "The moon"}], max_tokens=1)
+    asked(made, request)
+    ((prompt, _),) = made.engine.asked
+    read = {name: made.engine.tokenizer.decode(ids) for name, ids in prompt.items()}
+    assert read == {**dict.fromkeys(made.engine.family.models, "The moon"), "math": "user"}
+    made.models = {"dlf": Model(family="f", chat_template=own["math"])}
+    asked(made, request)
+    assert made.engine.tokenizer.decode(made.engine.asked[1][0]) == "user"
+
+
 def test_a_score_is_asked_of_the_continuation_alone(made):
     request = ScoreRequest(prompt=[5, 6, 7], continuation=[[8], [9]])
     answer, _ = asked(made, request)
