@@ -282,7 +282,7 @@ class Replica:
         made = self.engine.render(
             [message.plain() for message in request.messages],
             chat_template=self.models[model].chat_template,
-            chat_template_kwargs=getattr(request, "chat_template_kwargs", None) or {},
+            chat_template_kwargs=request.chat_template_kwargs,
         )
         self._check_sizes([("messages", made.ids)])
         return Asked(made.prompt, made.ids, made.text, made.ending)
