@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -50,6 +51,8 @@ log = log_of.getLogger("dlf_ray")
 
 if not sys.stderr.isatty():  # in an actor's log each move of a progress bar would be a line
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # It has a bar that this would not disable.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -107,20 +110,22 @@ def base_of(spec: ModelSpec, adapter: str) -> ModelSpec:
     file = _adapter_config(adapter)
     assert file is not None, "it is an adapter"
     said = config_of(adapter, file.parent)
-    base, instead = said.get("base_model_name_or_path"), f"`{{model: BASE, adapter: {adapter}}}`"
+    base = said.get("base_model_name_or_path")
+    instead = f"name it in the family file, of an expert as `{{model: BASE, adapter: {adapter}}}`"
     if not base:
         raise ValueError(
-            f"{CONFIG} of {adapter} names no `base_model_name_or_path` to put the adapter on: name "
-            f"it in the family file, {instead}"
+            f"{CONFIG} of {adapter} names no `base_model_name_or_path` to put the adapter on: "
+            f"{instead}"
         )
     base = os.path.expanduser(base)
     try:
         if not is_gguf(base):
             check_folder(base)
+        if Path(base).resolve() == Path(adapter).resolve():
+            raise ValueError(f"{base} is the adapter itself")
     except ValueError as error:
         raise ValueError(
-            f"the base of the adapter {adapter} is not where that says: {error}; name it in the "
-            f"family file, {instead}"
+            f"the base of the adapter {adapter} is not where that says: {error}; {instead}"
         ) from error
     return msgspec.structs.replace(spec, model=base)
 

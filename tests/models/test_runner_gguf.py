@@ -83,9 +83,10 @@ def test_types_of_weights(llama, tmp_path, kind, auto):
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
-def test_an_unpacked_model_is_as_any(llama, tmp_path):
+def test_an_unpacked_model_is_as_any(llama, tmp_path, capsys):
     file = ggufs.write(llama, tmp_path / "tiny.gguf", "Q8_0")
     model = load_model(ModelSpec(model=str(file)))
+    assert "%|" not in capsys.readouterr().err  # no bar in an actor's log
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model, "hf_quantizer")
     assert getattr(model.config, "quantization_config", None) is None

@@ -265,6 +265,17 @@ def test_a_base_that_has_moved(bases, tmp_path):
     assert (facts.source, facts.tokens, facts.adapter.kind) == (str(folder), VOCAB, "LORA")
 
 
+def test_a_base_that_is_the_adapter(bases, tmp_path):
+    folder = save(bases[False], lora(), tmp_path)
+    file = folder / CONFIG
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(folder)})
+    )
+    words = refusal(ModelSpec(model=str(folder)))
+    assert f"{folder} is the adapter itself" in words
+    assert words in checked(ModelSpec(model=str(folder)))
+
+
 def test_no_base_is_named(bases, tmp_path):
     folder = save(bases[False], lora(), tmp_path)
     file = folder / CONFIG
