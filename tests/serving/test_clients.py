@@ -277,8 +277,12 @@ def test_langchain_asks_for_a_schema(chat):
 
 
 def test_langchain_asks_for_an_object(chat):
-    shaped = chat.bind(response_format={"type": "json_object"})  # its own parser wants a whole one
-    assert shaped.invoke("Hello").content.startswith("{")
+    import openai
+
+    shaped = chat.with_structured_output(SCHEMA, method="json_mode")
+    with pytest.raises(openai.LengthFinishReasonError) as caught:  # of eight tokens
+        shaped.invoke("Hello")
+    assert caught.value.completion.choices[0].message.content.startswith("{")
 
 
 def test_langchain_is_told_what_there_is_not(chat):
