@@ -1,7 +1,7 @@
 """The `dlf` command: one file for each subcommand, each a thin shell around the package.
 
-`check`, `generate`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the commands,
-`common` is what they share, `tables` the table that two of them print.
+`check`, `generate`, `serve`, `expert`, `merge`, `evaluate`, `demo`, `report` and `bench` are the
+commands, `common` is what they share, `tables` the table that two of them print.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dlf_ray.cli.demo import demo
 from dlf_ray.cli.evaluate import evaluate
 from dlf_ray.cli.expert import expert
 from dlf_ray.cli.generate import generate
+from dlf_ray.cli.merge import merge
 from dlf_ray.cli.report import report
 from dlf_ray.cli.serve import serve
 
@@ -27,5 +28,5 @@ app.command()(check)
 app.command()(generate)
 app.command()(serve)
 app.add_typer(expert, name="expert")
-for command in (evaluate, demo, report, bench):
+for command in (merge, evaluate, demo, report, bench):
     app.command()(command)
