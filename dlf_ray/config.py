@@ -368,7 +368,7 @@ def converted(raw: object, cls: type[_T]) -> _T:
         message = str(error)
     match = re.search(r"`(\$[^`]*)`", message)
     section: Any = cls
-    for part in re.findall(r"\.(\w+)|\[\.\.\.\]", match.group(1) if match else "$"):
+    for part in re.findall(r"\.(\w+)|\[[^]]+\]", match.group(1) if match else "$"):
         section = _below(section, part)
     if "unknown field" in message and isinstance(section, type):
         valid = sorted(field.encode_name for field in msgspec.structs.fields(section))

@@ -121,11 +121,6 @@ class Model:
 
     def check(self, base: Model) -> None:
         """Raises `ValueError` where it cannot have come from the base, with what differs first."""
-        if key := next((key for key in ALIKE if _differ(self.config, base.config, key)), None):
-            raise ValueError(
-                f"{base.source} and {self.source} are models of different kinds: `{key}` in "
-                f"{CONFIG} is {base.config[key]} in one and {self.config[key]} in the other"
-            )
         for name in base.names:
             stored = base.tensors[name]
             if stored.dtype in FLOATS:
@@ -136,6 +131,11 @@ class Model:
         for name in sorted(self.tensors.keys() - {*base.tensors, *tied}):
             if self.tensors[name].dtype in FLOATS:
                 raise ValueError(f"{self.source} has {name}, which {base.source} lacks")
+        if key := next((key for key in ALIKE if _differ(self.config, base.config, key)), None):
+            raise ValueError(
+                f"{base.source} and {self.source} are models of different kinds: `{key}` in "
+                f"{CONFIG} is {base.config[key]} in one and {self.config[key]} in the other"
+            )
 
     def _check_tensor(self, name: str, stored: Stored, base: Model) -> None:
         other = self.embedding or self.head
@@ -184,24 +184,26 @@ class Adapter:
         """Raises `ValueError` where it does not fit the base, or says that it has another."""
         self._check_base(base)
         for key in self.tensors:
-            module, _, end = key.rpartition(".lora_")
+            prefix, _, end = key.rpartition(".lora_")
             if end not in ("A.weight", "B.weight"):
                 raise self._unmerged(f"has {key}, which is more than a product for each module")
-            if end == "A.weight":
-                self._add(module.removeprefix("base_model.model."), module, base)
+            self._add(prefix, base)
 
-    def _add(self, module: str, prefix: str, base: Model) -> None:
+    def _add(self, prefix: str, base: Model) -> None:
         first, second = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+        module = prefix.removeprefix("base_model.model.")
         name = f"{module}.weight"
         if name not in base.tensors:  # files of some bases leave the model's own name out
             name = name.partition(".")[2]
         if base.tied and (name in HEADS or name.endswith(EMBEDDINGS)):
             raise self._unmerged(f"changes {module}, which {base.source} has tied to another")
-        if name not in base.tensors or second not in self.tensors:
-            missing, where = (second, self.source) if name in base.tensors else (name, base.source)
+        if name not in base.tensors:
             raise ValueError(
-                f"the adapter {self.source} changes {module}, but {where} has no {missing}"
+                f"the adapter {self.source} changes {module}, and {base.source} has none: set "
+                "`base_model` to the model that it was trained over"
             )
+        if missing := [key for key in (first, second) if key not in self.tensors]:
+            raise ValueError(f"{self.source} has no {missing[0]}: copy it again")
         rank, scale = self._scale(module)
         if odd := [key for key in (first, second) if len(self.tensors[key].shape) != 2]:
             raise self._unmerged(f"has {odd[0]}, which is no matrix")
@@ -276,7 +278,7 @@ def digest(files: Iterable[Path], on_bytes: Callable[[int], None] = lambda count
     found = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while chunk := file.read(2**24):
+            while chunk := file.read(2**20):
                 found.update(chunk)
                 on_bytes(len(chunk))
     return found.hexdigest()

