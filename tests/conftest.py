@@ -35,7 +35,7 @@ EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
     *("serve_operation", "faults", "serve", "jobs", "health", "experts", "playground", "nodes"),
     *("ends", "chaos", "engine", "autoscaling", "serve_ends", "laptop", "metrics", "evaluate"),
-    *("adapters", "structure", "check", "local"),
+    *("adapters", "structure", "check", "local", "merge_papers"),
 )
 """Of the test files, so that the processes end at about the same time."""
 FIGURES = "figures"
@@ -104,7 +104,7 @@ def settings_of(folder, experts=EXPERTS, num_gpus=0, **engine):
     }
 
 
-def adapted(root: Path, **model) -> Path:
+def adapted(root: Path, targets=("q_proj", "v_proj", "up_proj"), **model) -> Path:
     """A large model, a base, and experts as LoRA adapters over it (NAME-adapter) and merged."""
     from peft import LoraConfig, get_peft_model
 
@@ -113,7 +113,7 @@ def adapted(root: Path, **model) -> Path:
     tiny.model(root / "base", seed=2, **model)
     for seed, name in enumerate(EXPERTS):
         torch.manual_seed(seed)
-        how = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"])
+        how = LoraConfig(r=4, lora_alpha=4, target_modules=list(targets))
         how.init_lora_weights = False
         expert = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), how)
         expert.save_pretrained(root / f"{name}-adapter")

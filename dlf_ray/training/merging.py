@@ -51,7 +51,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], normalize:
     """sum_i w_i x_i; normalized, over sum_i w_i."""
     total = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
+        total += tensor * weight  # each rounded, so that what cancels out does so on any machine
     return total / sum(weights) if normalize else total
 
 

@@ -138,6 +138,22 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path, arch):
     assert_same(tensors(out), tensors(tmp_path / "whole"))
 
 
+def test_a_base_whose_files_leave_its_own_name_out(tmp_path):
+    """As the first GPT-2 of the hub: adapters name modules as the whole model has them."""
+    adapted(tmp_path / "family", arch="gpt2", targets=["c_attn", "c_fc"])
+    base = tmp_path / "family" / "base"
+
+    def shorten(weights):
+        for name in [name for name in weights if name.startswith("transformer.")]:
+            weights[name.removeprefix("transformer.")] = weights.pop(name)
+
+    expected = tensors(tmp_path / "family" / "math")
+    models = [source(tmp_path / "family" / "math-adapter", weight=1.0)]
+    out = merged(tmp_path / "out", "task_arithmetic", models, base_model=rewrite(base, shorten))
+    found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert_same({name: found[name] for name in expected}, expected)
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_adapters_and_whole_models_go_together(lora, tmp_path, method):
     density = {"density": 0.3} if method == "ties" else {}
@@ -296,16 +312,21 @@ def test_half_precision_is_computed_in_full(tmp_path, folder):
     keys = {"base_model": base}
     out = merged(tmp_path / "out", "task_arithmetic", weighed(tmp_path, (0.1,) * 3), **keys)
     experts = tensors(tmp_path / "math")
-    for name, value in tensors(out).items():
-        assert value.dtype == torch.bfloat16
-        full = start[name].float() + 0.3 * (experts[name].float() - start[name].float())
-        assert torch.equal(value, full.bfloat16()) or (value - full).abs().max() < 1e-2
+    full = {}
+    for name, value in start.items():
+        step = (experts[name].float() - value.float()) * 0.1
+        full[name] = value.float() + (step + step + step)
+    found = tensors(out)
+    assert all(torch.equal(value, full[name].bfloat16()) for name, value in found.items())
+    name = "model.embed_tokens.weight"
+    one_by_one = start[name]
+    for _ in EXPERTS:
+        one_by_one = one_by_one + (experts[name] - start[name]) * 0.1
+    assert not torch.equal(found[name], one_by_one)
     out = merged(
         tmp_path / "full", "task_arithmetic", weighed(tmp_path, (0.1,) * 3), dtype="float32", **keys
     )
-    for name, value in tensors(out).items():
-        full = start[name].float() + 0.3 * (experts[name].float() - start[name].float())
-        torch.testing.assert_close(value, full, **CLOSE)
+    assert_same(tensors(out), full)
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
 

@@ -95,8 +95,10 @@ def test_deep_layers_may_move_more_than_shallow_ones(score, merged, figure):
         chosen = max(folders, key=lambda folder: mean(score(folder, "dev").values()))
         return candidates[folders.index(chosen)], mean(score(chosen).values())
 
-    plain, task_arithmetic = best([{"lambda": scale} for scale in (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)])
-    grid = [(alpha, beta) for alpha in (0.1, 0.2, 0.3) for beta in (0.3, 0.6, 0.9)]
+    plain, task_arithmetic = best(
+        [{"lambda": scale} for scale in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)]
+    )
+    grid = [(alpha, beta) for alpha in (0.0, 0.1, 0.2) for beta in (0.2, 0.3, 0.5)]
     scaled, with_lines = best([{"lines": {"alpha": a, "beta": b}} for a, b in grid])
     figure(
         f"three experts in one, average of their tasks: task arithmetic {task_arithmetic:.1f} "

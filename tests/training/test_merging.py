@@ -82,6 +82,13 @@ def test_weights_decide_an_election_and_the_mean():
     torch.testing.assert_close(agreed(shifts, (1, -1), False), torch.tensor([3.0, 0.0, 4.0]))
 
 
+def test_an_election_without_a_winner_goes_to_the_positive():
+    """Parts that are opposite to the last digit cancel out, however a machine may add products."""
+    shifts = [torch.tensor([-0.00795884057879448]), torch.tensor([0.006821863353252411])]
+    assert shifts[0] * 0.6 == -(shifts[1] * 0.7)
+    torch.testing.assert_close(agreed(shifts, (0.6, 0.7), True), shifts[1])
+
+
 def test_linear_is_the_weighted_average():
     values = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
     found = by("linear", values, (1.0, 3.0), 1.0)
