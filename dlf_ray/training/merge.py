@@ -187,7 +187,7 @@ class Merger:
         scale, lines = recipe.parameters.lambda_, recipe.parameters.lines
         if lines:
             scale *= depth_scale(name, self.base.layers, lines.alpha, lines.beta)
-        return base.add(method.combine(shifts, weights, recipe.normalize), alpha=scale)
+        return base + method.combine(shifts, weights, recipe.normalize) * scale
 
     def _shift(self, name: str, base: Tensor, model: Model | Adapter, density: float) -> Tensor:
         """What one model adds to the base, thinned out as the recipe says."""

@@ -300,6 +300,11 @@ def test_numbers_that_are_no_weights_are_the_bases(tmp_path, folder):
     assert found["model.mask"].tolist() == [True, False]
     found = {name: value for name, value in found.items() if value.is_floating_point()}
     assert_same(found, tensors(folder / "math"))
+    data = (out / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    sizes = {"I64": 8, "F32": 4, "BOOL": 1}
+    for each in [header[name] for name in header if name != "__metadata__"]:
+        assert each["data_offsets"][0] % sizes[each["dtype"]] == 0  # it can be used where it lies
 
 
 def test_half_precision_is_computed_in_full(tmp_path, folder):
