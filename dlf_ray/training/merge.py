@@ -33,7 +33,7 @@ from dlf_ray.training.checkpoints import (
     digest,
     open_model,
 )
-from dlf_ray.training.merging import chance, depth_scale
+from dlf_ray.training.merging import LINES, chance, depth_scale
 from dlf_ray.training.recipe import Recipe
 
 SHARD = 5 * 10**9
@@ -246,6 +246,8 @@ def _write_about(folder: Path, name: str, recipe: Recipe, hashes: Mapping[str, s
 def _card(name: str, recipe: Recipe, text: str) -> str:
     method = recipe.method
     over = f", over the base {recipe.base_model}" if method.over_base else ""
+    if recipe.parameters.lines:
+        over += f"; scaled with depth (LiNeS: {LINES})"
     rows = [
         f"| {each.model} | {_plain(each.weight)} | {_plain(each.density)} |"
         for each in recipe.experts

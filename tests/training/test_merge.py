@@ -215,7 +215,15 @@ def test_the_recipe_in_the_folder_makes_the_same_model(folder, tmp_path):
         digest = hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
         assert written["sha256"][str(folder / name)] == digest
     card = (out / "README.md").read_text()
-    for said in ("# out", "dare_ties", "arXiv 2311.03099", str(folder / "math"), "0.4", digest):
+    for said in (
+        "# out",
+        "dare_ties",
+        "arXiv 2311.03099",
+        "arXiv 2410.17146",
+        str(folder / "math"),
+        "0.4",
+        digest,
+    ):
         assert said in card
 
 
