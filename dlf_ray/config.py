@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -389,12 +390,24 @@ def converted(raw: object, cls: type[_T]) -> _T:
         message = str(error)
     match = re.search(r"`(\$[^`]*)`", message)
     section: Any = cls
-    for part in re.findall(r"\.(\w+)|\[\.\.\.\]", match.group(1) if match else "$"):
-        hint = get_type_hints(section).get(part) if isinstance(section, type) else None
-        section = hint if part else ExpertSpec
+    for part in re.findall(r"\.(\w+)|\[[^]]+\]", match.group(1) if match else "$"):
+        section = _below(section, part)
     if "unknown field" in message and isinstance(section, type):
-        valid = sorted(field.name for field in msgspec.structs.fields(section))
+        valid = sorted(field.encode_name for field in msgspec.structs.fields(section))
         message += f"; valid keys there: {', '.join(valid)}"
     elif "Invalid enum value" in message and get_args(section):
         message += f"; valid values: {', '.join(map(str, get_args(section)))}"
     raise ValueError(message)
+
+
+def _below(section: Any, key: str) -> Any:
+    """The type of what stands under `key` in a section, or of each part of a container."""
+    if not key:
+        parts = [each for each in get_args(section) if each is not Ellipsis]
+        return parts[-1] if parts else None
+    if not (isinstance(section, type) and issubclass(section, msgspec.Struct)):
+        return None
+    names = {each.encode_name: each.name for each in msgspec.structs.fields(section)}
+    hint = get_type_hints(section).get(names.get(key, key))
+    given = [each for each in get_args(hint) if each is not type(None)]
+    return given[0] if get_origin(hint) in (Union, UnionType) and len(given) == 1 else hint

@@ -35,8 +35,8 @@ from dlf_ray.cli import app
 EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
     *("serve_operation", "faults", "serve", "jobs", "health", "experts", "playground", "nodes"),
-    *("ends", "chaos", "engine", "autoscaling", "serve_ends", "clients", "laptop", "metrics"),
-    *("evaluate", "adapters", "structure", "check", "local"),
+    *("ends", "chaos", "engine", "real_model", "autoscaling", "serve_ends", "clients", "laptop"),
+    *("metrics", "evaluate", "adapters", "structure", "check", "local", "merge_papers"),
 )
 """Of the test files, so that the processes end at about the same time."""
 FIGURES = "figures"
@@ -111,7 +111,7 @@ def settings_of(folder, experts=EXPERTS, num_gpus=0, **engine):
     }
 
 
-def adapted(root: Path, **model) -> Path:
+def adapted(root: Path, targets=("q_proj", "v_proj", "up_proj"), **model) -> Path:
     """A large model, a base, and experts as LoRA adapters over it (NAME-adapter) and merged."""
     from peft import LoraConfig, get_peft_model
 
@@ -120,7 +120,7 @@ def adapted(root: Path, **model) -> Path:
     tiny.model(root / "base", seed=2, **model)
     for seed, name in enumerate(EXPERTS):
         torch.manual_seed(seed)
-        how = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj", "up_proj"])
+        how = LoraConfig(r=4, lora_alpha=4, target_modules=list(targets))
         how.init_lora_weights = False
         expert = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), how)
         expert.save_pretrained(root / f"{name}-adapter")

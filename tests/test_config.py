@@ -1,8 +1,12 @@
 """The family file: what it accepts, and what it says about what it does not."""
 
+from typing import Literal
+
+import msgspec
 import pytest
 
 from dlf_ray import Family
+from dlf_ray.config import converted
 
 M = {"model": "some/model"}
 GOOD = {"large": M, "base": M, "experts": {"math": M, "facts": M}}
@@ -47,6 +51,22 @@ def test_mistakes_are_named_with_what_is_valid(change, words):
         Family.from_dict({**GOOD, **change})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_is_valid_is_said_of_parts_of_lists_and_of_what_may_be_missing():
+    class Part(msgspec.Struct, forbid_unknown_fields=True):
+        kind: Literal["one", "two"] | None = None
+        under: int = msgspec.field(default=0, name="over")
+
+    class Whole(msgspec.Struct):
+        parts: tuple[Part, ...]
+        other: Part | None = None
+
+    for raw in ({"parts": [{"x": 1}]}, {"parts": [], "other": {"x": 1}}):
+        with pytest.raises(ValueError, match=r"`x`.*; valid keys there: kind, over$"):
+            converted(raw, Whole)
+    with pytest.raises(ValueError, match=r"'three'.*; valid values: one, two$"):
+        converted({"parts": [{}, {"kind": "three"}]}, Whole)
 
 
 def test_a_missing_model_is_named():

@@ -1,8 +1,8 @@
 """The `dlf` command: one file for each subcommand, each a thin shell around the package.
 
-`check`, `generate`, `chat`, `serve`, `expert`, `evaluate`, `demo`, `report` and `bench` are the
-commands, `common` is what they share, `shown` how text is shown as it streams, `tables` the table
-that two of them print.
+`check`, `generate`, `chat`, `serve`, `expert`, `merge`, `evaluate`, `demo`, `report` and `bench` are
+the commands, `common` is what they share, `shown` how text is shown as it streams, `tables` the
+table that two of them print.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dlf_ray.cli.demo import demo
 from dlf_ray.cli.evaluate import evaluate
 from dlf_ray.cli.expert import expert
 from dlf_ray.cli.generate import generate
+from dlf_ray.cli.merge import merge
 from dlf_ray.cli.report import report
 from dlf_ray.cli.serve import serve
 
@@ -30,5 +31,5 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.add_typer(expert, name="expert")
-for command in (evaluate, demo, report, bench):
+for command in (merge, evaluate, demo, report, bench):
     app.command()(command)

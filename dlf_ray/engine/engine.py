@@ -250,7 +250,8 @@ class Engine(BaseEngine):
                 first = next(iter(self._descriptions))  # which, at work, has no time for questions
                 two = {first: self._descriptions[first], name: description}
                 known = {first: self.tokenizer, name: tokenizer}
-                limits = limits_of(family, descriptions, agree(family, two, known.__getitem__))
+                unlike = agree(family, two, known.__getitem__)
+                limits = limits_of(family, descriptions, unlike)
                 added = AddModel(
                     name,
                     limits.lengths[name],
@@ -275,7 +276,7 @@ class Engine(BaseEngine):
             self._descriptions = descriptions
             self.limits = self.limits.adding(added)
             self.chat_templates |= templates_of({name: (name,)}, {name: description})
-            if added.unlike:
+            if name in unlike:
                 self.tokenizers[name] = tokenizer
             self.family = family
 
@@ -303,6 +304,7 @@ class Engine(BaseEngine):
             self.limits = limits.without(name)
             del self._descriptions[name]
             self.chat_templates.pop(name, None)
+            self.tokenizers.pop(name, None)
             self._check_open().send(RemoveModel(name))
             try:
                 self._finished(name, "left", loop)

@@ -42,7 +42,8 @@ def agree(
     descriptions: Mapping[str, Description],
     tokenizer: Callable[[str], Any],
 ) -> dict[str, tuple[int, ...]]:
-    """For each model that does not give all ids of the first one the same meaning, these ids.
+    """For each model whose vocabulary is not that of the first one: the ids of that which it gives
+    another meaning, or none; there are none where it only has more tokens.
 
     Raises `ValueError`, naming two models and the first differences, where they do not go together.
     """
@@ -60,7 +61,7 @@ def agree(
         apart = {*unlike(ours, theirs), *range(each.vocab, about.vocab)}
         found[name] = tuple(sorted(id for id in apart if id < about.vocab))
         log.warning("%s; there, the large model speaks alone", differences(ours, theirs, names)[1])
-    return {name: ids for name, ids in found.items() if ids}
+    return found
 
 
 def _title(family: Family, name: str) -> str:

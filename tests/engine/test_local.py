@@ -358,6 +358,48 @@ def test_bad_requests_say_what_to_change(plain, prompt, options, words):
     assert plain.generate([5], SamplingParams(max_tokens=1))[0].token_ids
 
 
+def test_texts_end_where_one_of_the_models_that_are_asked_ends_them(folder, tmp_path):
+    """What else is loaded has no say, and none of them where a request wants no end."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "math" / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    how = {"max_tokens": 3, "logit_bias": {7: 100.0}}
+    with LocalEngine(family_of(tmp_path)) as engine:
+        for fusion, ends in (
+            ({}, True),
+            ({"alone": "math"}, True),
+            ({"experts": ["math"]}, True),
+            ({"experts": []}, False),
+            ({"experts": ["facts"]}, False),
+            ({"alone": "base"}, False),
+        ):
+            (output,) = engine.generate([5, 6], SamplingParams(**how), **fusion)
+            assert output.finish_reason == ("stop" if ends else "length"), fusion
+            assert output.token_ids == [7] * (1 if ends else 3)
+            assert output.stop_reason is None
+        (output,) = engine.generate([5, 6], SamplingParams(**how, ignore_eos=True))
+        assert output.token_ids == [7] * 3
+        (output,) = engine.generate([5, 6], SamplingParams(**how, stop_token_ids=(7,)), experts=[])
+        assert (output.token_ids, output.stop_reason) == ([7], 7)
+
+
+def test_a_checkpoints_sampling_is_taken_where_that_is_asked_for(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said = {"temperature": 0.6, "top_k": 3, "top_p": 0.9, "do_sample": True, "eos_token_id": 0}
+    (tmp_path / "large" / "generation_config.json").write_text(json.dumps(said))
+    with LocalEngine(family_of(tmp_path), models=["large"]) as engine:
+        assert engine.default_sampling() == SamplingParams()  # greedy, as in the paper
+    family = family_of(tmp_path, generation_config="auto")
+    with LocalEngine(family, models=["large"]) as engine:
+        recommended = SamplingParams(temperature=0.6, top_k=3, top_p=0.9)
+        assert engine.default_sampling() == recommended
+        assert engine.default_sampling(top_k=5).top_k == 5
+        drawn = {tuple(engine.generate([5, 6], experts=[])[0].token_ids) for _ in range(6)}
+        assert len(drawn) > 1
+        own = SamplingParams()
+        (output,) = engine.generate([5, 6], own, experts=[])
+        assert engine.generate([5, 6], own, experts=[])[0].token_ids == output.token_ids
+
+
 class Poisoned(ModelWorker):
     """A model that is broken at one token: NaN, infinite or no logits after it."""
 

@@ -165,3 +165,28 @@ def test_another_way_to_split_text_is_refused(folder, tmp_path):
     experts = {"fewer": family_of(tmp_path, ("digits",)).experts["digits"]}
     with pytest.raises(ValueError, match="split the same text in different ways"):
         LocalEngine(msgspec.structs.replace(family, experts=experts))
+
+
+def test_a_model_reads_a_conversation_in_tokens_of_its_own(folder, tmp_path):
+    """What its template is made of may be beyond the large model's vocabulary, or named anew."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name, mark in {"large": "<a>", "base": "<d>", "renamed": "<x>"}.items():
+        (tmp_path / name / "chat_template.jinja").write_text(
+            "{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}"
+        )
+    talk = [{"role": "user", "content": "noon"}]
+    with LocalEngine(family_of(tmp_path, EXPERTS)) as engine:
+        prompt = engine.render(talk).prompt
+        assert {name: ids[0] for name, ids in prompt.items()} == {
+            "large": 297,
+            "base": 300,
+            "renamed": 297,  # <x> in its own vocabulary
+            "fewer": 297,
+        }
+        assert len({tuple(ids[1:]) for ids in prompt.values()}) == 1
+        (output,) = engine.chat(talk, SamplingParams(max_tokens=4))
+        assert output.error is None
+        with pytest.raises(ValueError, match="outside the vocabulary of 300"):
+            engine.generate({**prompt, "large": prompt["base"]})
+        with pytest.raises(ValueError, match="'fewer' does not have all tokens of its chat"):
+            engine.render(talk, chat_template={"fewer": "<c>{{ messages[0].content }}"})

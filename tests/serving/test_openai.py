@@ -597,3 +597,10 @@ def test_usage_counts_each_prompt_once():
     (chunk,) = made.chunks(0, Output(text="a", token_ids=[1]))
     assert chunk["usage"]["completion_tokens"] == 1
     assert made.closing() == []
+
+
+def test_what_a_checkpoint_recommends_holds_where_a_request_says_nothing():
+    recommended = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    got = asked(prompt="x", top_k=5).recommended(recommended).sampling(256)
+    assert (got.temperature, got.top_k, got.repetition_penalty) == (0.6, 5, 1.1)
+    assert asked(prompt="x").recommended({}).sampling(256).temperature == 1.0
