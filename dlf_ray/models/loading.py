@@ -6,11 +6,12 @@ Weights come from safetensors or GGUF files only: pickled ones can run code when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging as log_of
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,8 @@ def configuration(spec: ModelSpec) -> Any:
             reason = f"{reason.split(' but ')[0]}, which it does not know"
         elif "module 'torch' has no attribute" in reason:
             reason = f"its `dtype` is none of torch's ({reason})"
+        if isinstance(error, OSError) and not Path(spec.model).is_dir():
+            raise ValueError(f"{spec.model} could not be loaded ({NOWHERE}): {reason}") from error
         raise ValueError(
             f"{spec.model} has no configuration that transformers {transformers.__version__} "
             f"reads: {reason}"
@@ -292,18 +295,33 @@ def placed(config: Any, tensors: Tensors) -> Mapping[str, Any] | None:
         for name, each in tensors.items()
     }
     try:
-        _, told = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=empty,
-            device_map={"": "meta"},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _silence():
+            _, told = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=empty,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:  # of code that did not think of this
         log.debug("the weights cannot be placed before they are loaded: %r", error)
         return None
     return dict(told)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """transformers reports nothing by itself meanwhile."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def weights_problem(source: str, told: Mapping[str, Any]) -> str | None:

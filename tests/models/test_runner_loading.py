@@ -117,8 +117,10 @@ def test_weights_that_are_not_used(folder, caplog):
     words = "has 9 weights that its architecture does not use, model.layers.1"
     assert runner(folder).vocab == VOCAB
     assert words in caplog.text
+    caplog.clear()
     told = inspect(ModelSpec(model=str(folder)), EngineConfig()).problems
     assert [(each.kind, words in each.text) for each in told] == [("warning", True)]
+    assert not caplog.text
 
 
 def test_weights_that_nobody_misses(folder, caplog):
