@@ -1,7 +1,7 @@
 """The `dlf` command: one file for each subcommand, each a thin shell around the package.
 
-`check`, `generate`, `chat`, `serve`, `expert`, `merge`, `evaluate`, `demo`, `report` and `bench` are
-the commands, `common` is what they share, `shown` how text is shown as it streams, `tables` the
+`check`, `generate`, `chat`, `serve`, `expert`, `merge`, `evaluate`, `demo`, `report` and `bench`
+are the commands, `common` is what they share, `shown` how text is shown as it streams, `tables` the
 table that two of them print.
 """
 

@@ -169,9 +169,11 @@ class BaseEngine(ABC):
         template writes is tokenized as it is: it writes the BOS token too, if the model knows one.
         Raises `ValueError` where there is no template, or the conversation does not fit it.
         """
+        own = {*self.chat_templates, *(chat_template if isinstance(chat_template, Mapping) else ())}
         return render(
             self.tokenizer,
-            self.tokenizers,
+            # what is another's template has to be made of tokens that the model knows
+            {name: each for name, each in self.tokenizers.items() if name in own},
             self.templates(chat_template),
             self.limits,
             messages,

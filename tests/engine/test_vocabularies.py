@@ -189,4 +189,4 @@ def test_a_model_reads_a_conversation_in_tokens_of_its_own(folder, tmp_path):
         with pytest.raises(ValueError, match="outside the vocabulary of 300"):
             engine.generate({**prompt, "large": prompt["base"]})
         with pytest.raises(ValueError, match="'fewer' does not have all tokens of its chat"):
-            engine.render(talk, chat_template={"fewer": "<c>{{ messages[0].content }}"})
+            engine.render(talk, chat_template="<c>{{ messages[0].content }}")
