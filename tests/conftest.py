@@ -35,7 +35,17 @@ from dlf_ray.cli import app
 EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
     *("serve_operation", "faults", "serve", "jobs", "health", "experts", "playground", "nodes"),
-    *("ends", "chaos", "engine", "autoscaling", "serve_ends", "laptop", "metrics", "evaluate"),
+    *(
+        "smollm2",
+        "ends",
+        "chaos",
+        "engine",
+        "autoscaling",
+        "serve_ends",
+        "laptop",
+        "metrics",
+        "evaluate",
+    ),
     *("adapters", "structure", "check", "local"),
 )
 """Of the test files, so that the processes end at about the same time."""
