@@ -35,8 +35,8 @@ from dlf_ray.cli import app
 EXPERTS = ("math", "facts", "prose")
 LONGEST_FIRST = (
     *("serve_operation", "faults", "serve", "jobs", "health", "experts", "playground", "nodes"),
-    *("ends", "chaos", "engine", "real_model", "autoscaling", "serve_ends", "clients", "laptop"),
-    *("metrics", "evaluate", "adapters", "structure", "check", "local", "merge_papers"),
+    *("ends", "chaos", "engine", "real_model", "smollm2", "autoscaling", "serve_ends", "clients"),
+    *("laptop", "metrics", "evaluate", "adapters", "structure", "check", "local", "merge_papers"),
 )
 """Of the test files, so that the processes end at about the same time."""
 FIGURES = "figures"

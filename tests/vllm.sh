@@ -28,4 +28,4 @@ END
 fi
 # shellcheck disable=SC1091
 . "$folder/bin/activate"
-pytest -n 0 tests/models/test_vllm*.py tests/engine/test_vllm_engine.py tests/models/test_smollm2.py
+pytest tests/models/test_vllm*.py tests/engine/test_vllm_engine.py tests/models/test_smollm2.py
