@@ -33,7 +33,7 @@ def grammar(wanted: StructuredOutputs) -> str:
     except Exception as error:  # the converters raise whatever they like
         raise ValueError(f"`structured_outputs` cannot be read: {error}") from None
     if wrong := llguidance.LLMatcher.validate_grammar(made):
-        raise ValueError(f"`structured_outputs` cannot be followed: {' '.join(wrong.split())}")
+        raise ValueError(_unfollowed(wrong))
     return made
 
 
@@ -54,9 +54,13 @@ class Grammars:
     """Makes the shapes of answers, for one tokenizer."""
 
     def __init__(self, tokenizer: Any, end_tokens: Collection[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ends = list(end_tokens)
-        self._made: llguidance.LLTokenizer | None = None
+        self._tokenizer: llguidance.LLTokenizer | ValueError
+        try:
+            self._tokenizer = _wrapped(tokenizer, end_tokens)
+        except Exception as error:  # whoever asks for a shape is told; all others can do without
+            self._tokenizer = ValueError(
+                f"`structured_outputs` do not know this tokenizer: {error}"
+            )
         self._started = lru_cache(maxsize=64)(self._start)
 
     def shape(self, wanted: StructuredOutputs) -> Shape:
@@ -64,24 +68,31 @@ class Grammars:
         return Shape(self._started(grammar(wanted)).deep_copy())
 
     def _start(self, made: str) -> llguidance.LLMatcher:
-        matcher = llguidance.LLMatcher(self._known(), made, log_level=0)
+        if isinstance(self._tokenizer, ValueError):
+            raise self._tokenizer
+        matcher = llguidance.LLMatcher(self._tokenizer, made, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"`structured_outputs` cannot be followed: {matcher.get_error()}")
+            raise ValueError(_unfollowed(matcher.get_error()))
         return matcher
 
-    def _known(self) -> llguidance.LLTokenizer:
-        """Made when it is first needed, in a second for a large vocabulary."""
-        if self._made is None:
-            backend = getattr(self._tokenizer, "backend_tokenizer", None)
-            if backend is None:
-                raise ValueError("`structured_outputs` need a tokenizer of the tokenizers library")
-            backend = copy(backend)
-            backend.no_padding()
-            backend.no_truncation()
-            self._made = llguidance.LLTokenizer(
-                backend.to_str(), n_vocab=len(self._tokenizer), eos_token=self._ends
-            )
-        return self._made
+
+def _wrapped(tokenizer: Any, end_tokens: Collection[int]) -> llguidance.LLTokenizer:
+    """A tokenizer for llguidance: half a second for 50,000 tokens, in which nobody waits yet."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError("it is not of the tokenizers library")
+    backend = copy(backend)
+    backend.no_padding()
+    backend.no_truncation()
+    return llguidance.LLTokenizer(
+        backend.to_str(), n_vocab=len(tokenizer), eos_token=list(end_tokens)
+    )
+
+
+def _unfollowed(error: str) -> str:
+    """What to say of llguidance's reason, which may end in all that it knows."""
+    reason = " ".join(error.split("<state>")[0].split())
+    return f"`structured_outputs` cannot be followed: {reason}"
 
 
 class Shape:
@@ -97,8 +108,7 @@ class Shape:
         if self._allowed is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             if self._matcher.is_error():
-                why = " ".join(self._matcher.get_error().split())
-                raise ValueError(f"`structured_outputs` cannot be followed any further: {why}")
+                raise ValueError(_unfollowed(self._matcher.get_error()))
             self._allowed = np.unpackbits(bits, bitorder="little").astype(bool)
 
     def bar(self, row: Tensor) -> None:

@@ -178,6 +178,12 @@ def test_a_shape_bars_what_leads_out_of_it(tokenizer):
     assert shape.complete
 
 
+def test_a_tokenizer_that_cannot_be_followed_is_told_of_when_asked():
+    grammars = Grammars(object(), [0])
+    with pytest.raises(ValueError, match="do not know this tokenizer: it is not of the tokenizers"):
+        grammars.shape(StructuredOutputs(regex="a"))
+
+
 def test_a_grammar_is_read_once(tokenizer, monkeypatch):
     made = []
     grammars = Grammars(tokenizer, [0])
