@@ -11,6 +11,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is a mistake
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Serve's proxies start while others load models: 5 s are too few, then they are killed and missed
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 os.environ["OMP_NUM_THREADS"] = "1"  # in what tests start, too: the cores are shared
 # What they start, actors too, imports the tests' own modules.
 os.environ["PYTHONPATH"] = os.pathsep.join(

@@ -254,6 +254,8 @@ def run_server(settings: Settings, host: str, port: int, say: Callable[[str], No
     started, mine = not ray.is_initialized(), False
     try:
         if started:
+            # Of Ray's processes: 5 s are too few for a proxy that starts on a busy machine.
+            os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
             ray.init(logging_level=logging.WARNING, include_dashboard=False)
         # Only now, since Ray sets a handler of its own, which aborts after three seconds.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
