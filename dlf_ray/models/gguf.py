@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dlf_ray.config import ModelSpec
@@ -142,6 +141,8 @@ def _configuration(source: str, changed: int | None, size: int | None) -> Any:
 
 def _frequencies(config: Any) -> torch.Tensor:
     """Those that tell the positions of a Llama model apart."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # only here needed
+
     frequencies: torch.Tensor = LlamaRotaryEmbedding(config).inv_freq
     return frequencies
 

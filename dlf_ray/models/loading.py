@@ -26,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     modeling_gguf_pytorch_utils,
 )
-from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -272,6 +271,9 @@ def check_quantized(config: Any, spec: ModelSpec) -> None:
     packed = getattr(config, "quantization_config", None)
     if packed is None:
         return
+    # It brings half of torch's compiler with it, two seconds of every process that imports it.
+    from transformers.quantizers.auto import AutoHfQuantizer
+
     kind = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
     try:
         quantizer = AutoHfQuantizer.from_config(packed, pre_quantized=True)
