@@ -26,7 +26,7 @@ FIRST = 3
 """How many differences are listed."""
 SAMPLE = """\
 It's 12:30, and they'll have paid $1,234.56 (or 3.14159e-10) by 2024-05-17 - "won't they?"
-def f(x, *args):\n\tif x != 0:\n        return {"a": [x**2, x // 3]}  # TODO
+def f(x, *args):\n\tif x != 0:\n        return {"a": [x**2, x // 3]}  # later
 HTTPServer, camelCase snake_case UPPER   three spaces;\r\n\nGrüße, naïve café; Москва;
 北京市是首都。ありがとうございます；한국어 문장; שלום עולם; مرحبا; नमस्ते 🙂👩‍👩‍👧
 ½ ≠ ∑ ﬁ … http://example.org/?q=1&r=%20
