@@ -119,8 +119,8 @@ class Coordinator:
         self.losses = Losses(self.telemetry.recovered)
         self.sequences: dict[tuple[str, int], Stream] = {}
         self.steps = 0
-        self._ids: tuple[tuple[int, ...], torch.Tensor] | None = None
-        """The ids that some models do not share, and all the others."""
+        self._ids: dict[tuple[str, ...], torch.Tensor | None] = {}
+        """By the experts of a fusion, the ids that all its models share; None for all of them."""
         self._given_up: dict[str, str] = {}
         """Experts that will not come back, and why."""
         self._flight: tuple[Step, list[Group]] | None = None
@@ -273,16 +273,13 @@ class Coordinator:
 
     def _shared(self, kind: Kind) -> torch.Tensor | None:
         """The ids that all models of a fusion give the same meaning; None for all of them."""
-        if not kind.experts:
-            return None
-        apart = self.limits.apart((LARGE, BASE, *kind.experts))
-        if not apart:
-            return None
-        if self._ids is None or self._ids[0] != apart:  # most fusions are of the same models
+        if kind.experts not in self._ids:
+            models = (LARGE, BASE, *kind.experts) if kind.experts else ()
             shared = torch.ones(self.limits.vocab, dtype=torch.bool)
-            shared[list(apart)] = False
-            self._ids = apart, shared.nonzero()[:, 0].to(self.device)
-        return self._ids[1]
+            shared[list(self.limits.apart(models))] = False
+            ids = shared.nonzero()[:, 0].to(self.device)
+            self._ids[kind.experts] = None if len(ids) == len(shared) else ids
+        return self._ids[kind.experts]
 
     def _collect(
         self, step: Step, groups: list[Group], clock: Clock
@@ -538,6 +535,7 @@ class Coordinator:
         """One more expert, away until the fabric says that it is ready."""
         name = added.name
         self.limits = self.limits.adding(added)
+        self._ids.clear()  # one of this name before may have been of another vocabulary
         self._given_up.pop(name, None)
         if added.positions is not None:
             self.scheduler.slots.positions[name] = added.positions

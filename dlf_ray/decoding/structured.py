@@ -32,9 +32,15 @@ def grammar(wanted: StructuredOutputs) -> str:
         made = _converted(wanted)
     except Exception as error:  # the converters raise whatever they like
         raise ValueError(f"`structured_outputs` cannot be read: {error}") from None
-    if wrong := llguidance.LLMatcher.validate_grammar(made):
+    if wrong := _wrong(made):
         raise ValueError(_unfollowed(wrong))
     return made
+
+
+@lru_cache(maxsize=64)
+def _wrong(made: str) -> str:
+    """Why a grammar cannot be followed; most requests come with one of the last few."""
+    return llguidance.LLMatcher.validate_grammar(made)
 
 
 def _converted(wanted: StructuredOutputs) -> str:

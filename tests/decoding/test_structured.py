@@ -10,7 +10,7 @@ import torch
 from conftest import family_of
 
 from dlf_ray import LocalEngine, SamplingParams
-from dlf_ray.decoding.structured import Grammars, grammar, shaped
+from dlf_ray.decoding.structured import Grammars, shaped
 from dlf_ray.messages import StructuredOutputs
 
 SCHEMA = {
@@ -198,5 +198,14 @@ def test_a_grammar_is_read_once(tokenizer, monkeypatch):
     assert {tokenizer.decode([token])[0] for token in allowed} == {"a", "b"}
 
 
-def test_blank_lines_end():
-    assert "whitespace_pattern" in grammar(StructuredOutputs(json=SCHEMA))
+def test_blank_lines_end(tokenizer):
+    """A line break and what indents the next line, but no other line break after it."""
+    shape = Grammars(tokenizer, [0]).shape(StructuredOutputs(json=SCHEMA))
+    ids = {text: tokenizer.encode(text)[0] for text in ("{", "\n", " ", '"')}
+    for text in ("{", "\n", " ", " "):
+        shape.push(ids[text])
+    shape.prepare()
+    allowed = shaped(torch.zeros(1, 300), [shape])[0].isfinite()
+    assert allowed[ids[" "]]
+    assert allowed[ids['"']]
+    assert not allowed[ids["\n"]]
