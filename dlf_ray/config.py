@@ -278,6 +278,10 @@ class Family(_Section, frozen=True):
         """Every model by name: large, base, then the experts in the order of the file."""
         return {LARGE: self.large, BASE: self.base, **self.experts}
 
+    def title(self, name: str) -> str:
+        """A model, for people: its name, and where it comes from."""
+        return f"{name} ({self.models[name].source})"
+
     @property
     def workers(self) -> dict[str, tuple[str, ...]]:
         """The models that each worker serves, by its name, which is that of the first: adapters are

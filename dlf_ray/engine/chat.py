@@ -42,12 +42,12 @@ class Rendered:
     ends: tuple[int, ...]
     """Tokens that end a turn by the templates."""
 
-    def ending(self, sampling: SamplingParams | None) -> SamplingParams:
+    def ending(self, sampling: SamplingParams) -> SamplingParams:
         """The same parameters; the end of the turn ends the answer too."""
-        given = sampling or SamplingParams()
-        if given.ignore_eos or not self.ends:
-            return given
-        return msgspec.structs.replace(given, stop_token_ids=(*given.stop_token_ids, *self.ends))
+        if sampling.ignore_eos or not self.ends:
+            return sampling
+        ends = (*sampling.stop_token_ids, *self.ends)
+        return msgspec.structs.replace(sampling, stop_token_ids=ends)
 
 
 def template_text(given: str) -> str:

@@ -126,10 +126,6 @@ def _problem(kind: str, text: str, model: str | None = None) -> Problem:
     return Problem("error" if kind == "error" else "warning", text, model)
 
 
-def _title(family: Family, name: str) -> str:
-    return f"{name} ({family.models[name].source})"
-
-
 def _said(family: Family, problem: Problem) -> str:
     if problem.model is None:
         return problem.text
@@ -144,18 +140,18 @@ def _own(facts: Mapping[str, Facts]) -> Iterator[Problem]:
 
 def _agreement(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:
     """Tokenizers that do not go with the large model's, or the first's that has one."""
-    from dlf_ray.models.vocabulary import differences, refusal
+    from dlf_ray.models.vocabulary import refusal, surprise
 
     known = {name: each.vocabulary for name, each in facts.items() if each.vocabulary}
     first = next(iter(known), None)
     for name, vocabulary in known.items():
         assert first is not None
-        titles = _title(family, first), _title(family, name)
+        titles = family.title(first), family.title(name)
         splits = facts[first].split, facts[name].split
         if why := refusal(known[first], vocabulary, splits, titles):
             yield _problem("error", why, name)
-        elif told := differences(known[first], vocabulary, titles)[1]:
-            yield _problem("warning", f"{told}; there, the large model speaks alone", name)
+        elif told := surprise(known[first], vocabulary, titles):
+            yield _problem("warning", told, name)
 
 
 def _surprises(family: Family, facts: Mapping[str, Facts]) -> Iterator[Problem]:

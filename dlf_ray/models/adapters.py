@@ -53,15 +53,8 @@ def find_adapter(source: str, base: str) -> Adapter:
     check_peft(source)
     folder = folder_of(source, [CONFIG, WEIGHTS])
     config = config_of(source, folder)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise unmixed(source, f"is of type {kind}, not LORA")
-    if names := [name for name in UNMIXED if config.get(name)]:
-        raise unmixed(source, f"sets `{names[0]}`")
-    if (bias := config.get("bias", "none")) != "none":
-        raise unmixed(source, f"has biases of its own (`bias: {bias}`)")
-    if (init := config.get("init_lora_weights", True)) not in INITS:
-        raise unmixed(source, f"changes its base (`init_lora_weights: {init}`)")
+    if why := beyond_lora(config):
+        raise unmixed(source, why)
     for key in tensors_of_adapter(source, folder):
         if outside(key):
             raise unmixed(source, f"has {key}, and so changes more than the layers between")
@@ -69,6 +62,21 @@ def find_adapter(source: str, base: str) -> Adapter:
     if Path(trained_over).name != Path(base).name:
         log.warning("the adapter %s was trained over %s, not over %s", source, trained_over, base)
     return Adapter(source, folder, trained_over)
+
+
+def beyond_lora(config: Mapping[str, Any]) -> str | None:
+    """What of an adapter's settings makes it more, or other, than matrices beside those of its
+    base."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        return f"is of type {kind}, not LORA"
+    if names := [name for name in UNMIXED if config.get(name)]:
+        return f"sets `{names[0]}`"
+    if (bias := config.get("bias", "none")) != "none":
+        return f"has biases of its own (`bias: {bias}`)"
+    if (init := config.get("init_lora_weights", True)) not in INITS:
+        return f"changes its base (`init_lora_weights: {init}`)"
+    return None
 
 
 def outside(key: str) -> bool:

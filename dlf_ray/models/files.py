@@ -74,7 +74,7 @@ def files_of(folder: Path, source: str) -> list[Path]:
 def tensors_of(folder: Path, source: str) -> Tensors:
     """All weights of a folder. Raises `ValueError`, saying what to do, where some are missing or
     a file is not whole, before any is read for minutes."""
-    if not list(folder.glob("*.safetensors")):
+    if not (list(folder.glob("*.safetensors")) or (folder / INDEX).is_file()):
         raise ValueError(pickled(source))
     check_weights(folder)
     files = files_of(folder, source)

@@ -34,6 +34,7 @@ HTTPServer, camelCase snake_case UPPER   three spaces;\r\n\nGrüße, naïve caf�
 """What tokenizers of different rules split in different ways."""
 CONTEXT = 4
 """Tokens at the start that are not compared: there, some tokenizers put a space."""
+ALONE = "on the others, the large model speaks alone"
 log = logging.getLogger("dlf_ray")
 
 
@@ -52,20 +53,18 @@ def agree(
     found: dict[str, tuple[int, ...]] = {}
     for name, each in descriptions.items():
         same = each.tokenizer_digest == about.tokenizer_digest
-        if same and each.split == about.split and each.vocab >= about.vocab:
+        splits = about.split, each.split
+        if same and each.vocab >= about.vocab and (splits[0] == splits[1] or not all(splits)):
             continue
-        names = (_title(family, first), _title(family, name))
+        names = family.title(first), family.title(name)
         ours, theirs = (tokenizer(each).get_vocab() for each in (first, name))
-        if why := refusal(ours, theirs, (about.split, each.split), names):
+        if why := refusal(ours, theirs, splits, names):
             raise ValueError(why)
         apart = {*unlike(ours, theirs), *range(each.vocab, about.vocab)}
         found[name] = tuple(sorted(id for id in apart if id < about.vocab))
-        log.warning("%s; there, the large model speaks alone", differences(ours, theirs, names)[1])
+        fewer = f"{names[1]} has logits for the first {each.vocab} of {about.vocab} ids; {ALONE}"
+        log.warning("%s", surprise(ours, theirs, names) or fewer)
     return found
-
-
-def _title(family: Family, name: str) -> str:
-    return f"{name} ({family.models[name].source})"
 
 
 def digest(vocab: Mapping[str, int]) -> str:
@@ -107,6 +106,14 @@ def differences(
 
 def _named(tokens: Mapping[int, str], id: int) -> str:
     return repr(tokens[id]) if id in tokens else "nothing"
+
+
+def surprise(
+    large: Mapping[str, int], other: Mapping[str, int], names: tuple[str, str]
+) -> str | None:
+    """What is worth to be told of two models that go together; None where all ids are the same."""
+    told = differences(large, other, names)[1]
+    return f"{told}; {ALONE}" if told else None
 
 
 def refusal(

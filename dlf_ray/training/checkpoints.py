@@ -15,15 +15,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dlf_ray.models.adapters import CONFIG as ADAPTER_CONFIG
+from dlf_ray.models.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from dlf_ray.models.adapters import beyond_lora, config_of, tensors_of_adapter
+from dlf_ray.models.files import (
+    INDEX,
+    WHOLE,
+    Tensors,
+    check_configured,
+    files_of,
+    folder_of,
+    header,
+    tensors_of,
+)
+from dlf_ray.models.vocabulary import differences
 from dlf_ray.training.merging import layer_of
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "config.json"
 TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.jinja", "additional_chat_templates/*", "*.model", "*.tiktoken"),
@@ -47,14 +59,6 @@ ALIKE = (
     "tie_word_embeddings",
 )
 """Settings that change what weights of the same shapes compute."""
-UNMERGED = (
-    *("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias"),
-    *("alora_invocation_tokens", "arrow_config", "use_bdlora", "use_qalora", "kasa_config"),
-    *("monteclora_config", "velora_config", "layer_replication", "megatron_config"),
-)
-"""Settings of adapters that are more than a product of two matrices for each module."""
-INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""How training may have begun; with others (PiSSA, OLoRA, ...) PEFT alters the base's weights."""
 
 
 class Stored(NamedTuple):
@@ -75,10 +79,14 @@ class Model:
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source, self.folder = source, folder
-        self.config = _json(source, folder / CONFIG)
-        self.files = _weight_files(source, folder)
+        check_configured(folder)
+        self.config: Mapping[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors_of(folder, source)  # whether all are there, and whole
+        self.files = files_of(folder, source)
         self.tensors = {
-            name: stored for file in self.files for name, stored in _stored(file).items()
+            name: stored
+            for file in self.files
+            for name, stored in _stored(file, header(file)).items()
         }
         types = {each.dtype for each in self.tensors.values()}
         if "quantization_config" in self.config or types - SIZES.keys():
@@ -156,15 +164,12 @@ class Adapter:
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source, self.folder = source, folder
-        self.config = _json(source, folder / ADAPTER_CONFIG)
+        self.config = config_of(source, folder)
         self.files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG]
-        if not self.files[0].is_file():
-            raise ValueError(
-                f"the adapter {source} has no {ADAPTER_WEIGHTS}. Pickled weights can run code when "
-                "loaded; if you trust them, load it with peft once and save it again"
-            )
-        self._check_kind()
-        self.tensors = _stored(self.files[0])
+        beyond = "sets `lora_bias`" if self.config.get("lora_bias") else beyond_lora(self.config)
+        if beyond:
+            raise self._unmerged(beyond)
+        self.tensors = _stored(self.files[0], tensors_of_adapter(source, folder))
         self._factors: dict[str, tuple[str, str, float]] = {}
 
     def value(self, name: str, base: Tensor) -> Tensor:
@@ -230,17 +235,6 @@ class Adapter:
         rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
         return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _check_kind(self) -> None:
-        kind, config = self.config.get("peft_type"), self.config
-        if kind != "LORA":
-            raise self._unmerged(f"is of type {kind}, not LORA")
-        if names := [name for name in UNMERGED if config.get(name)]:
-            raise self._unmerged(f"sets `{names[0]}`")
-        if (bias := config.get("bias", "none")) != "none":
-            raise self._unmerged(f"has biases of its own (`bias: {bias}`)")
-        if (init := config.get("init_lora_weights", True)) not in INITS:
-            raise self._unmerged(f"changes its base (`init_lora_weights: {init}`)")
-
     def _check_base(self, base: Model) -> None:
         """By the folder, by what is in it if that is another one here, else by the name's end."""
         said = str(self.config.get("base_model_name_or_path") or "")
@@ -267,7 +261,7 @@ class Adapter:
 def open_model(source: str) -> Model | Adapter:
     """What a folder or a hub id has. Raises `ValueError`, saying what to do, where it has none."""
     folder = _folder(source)
-    whole = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    whole = any((folder / name).is_file() for name in (WHOLE, INDEX))
     if (folder / ADAPTER_CONFIG).is_file() and not whole:
         return Adapter(source, folder)
     return Model(source, folder)
@@ -289,14 +283,10 @@ def check_tokenizers(base: Model, other: Model | Adapter) -> None:
     uses the base's."""
     ours, theirs = (each.folder / "tokenizer.json" for each in (base, other))
     if ours.is_file() and theirs.is_file():
-        a, b = ({id: token for token, id in _vocabulary(path).items()} for path in (ours, theirs))
-        if (wrong := min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=-1)) < 0:
-            return
-        said = [repr(each[wrong]) if wrong in each else "nothing" for each in (a, b)]
-        raise ValueError(
-            f"{base.source} ({len(a)} tokens) and {other.source} ({len(b)} tokens) do not share a "
-            f"tokenizer: id {wrong} is {said[0]} in one and {said[1]} in the other"
-        )
+        names = base.source, other.source
+        if told := differences(_vocabulary(ours), _vocabulary(theirs), names)[1]:
+            raise ValueError(f"{names[0]} and {names[1]} do not share a tokenizer: {told}")
+        return
     for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
         ours, theirs = base.folder / name, other.folder / name
         if ours.is_file() and theirs.is_file() and ours.read_bytes() != theirs.read_bytes():
@@ -321,69 +311,17 @@ def _vocabulary(path: Path) -> Mapping[str, int]:
 
 
 def _folder(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if "+" in source:
+    if "+" in source and not Path(source).is_dir():
         raise ValueError(
             f"{source}: mergekit's BASE+ADAPTER is not supported; give the adapter alone, and its "
             "base as `base_model`"
         )
-    from huggingface_hub import snapshot_download
-
-    patterns = [CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
-    patterns += [ADAPTER_CONFIG, *TOKENIZER]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # of a name that cannot be a hub's, or of many kinds from the net
-        raise ValueError(
-            f"{source}: there is no such folder, and the Hugging Face hub did not give it either "
-            f"({error})"
-        ) from error
+    patterns = [CONFIG, "generation_config.json", "*.safetensors", INDEX, ADAPTER_CONFIG]
+    return folder_of(source, [*patterns, *TOKENIZER])
 
 
-def _weight_files(source: str, folder: Path) -> list[Path]:
-    """In the order of their names."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(_json(source, index).get("weight_map", {}).values()))
-    else:
-        names = [path.name for path in [folder / WEIGHTS] if path.is_file()]
-    if not names:
-        raise ValueError(
-            f"{source} has no weights in safetensors. Pickled ones can run code when loaded; if "
-            "you trust them, load the model with transformers once and save it again"
-        )
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{source} lacks {missing[0]}: download or copy it again")
-    return [folder / name for name in names]
-
-
-def _stored(path: Path) -> dict[str, Stored]:
-    """Of a file, no more than its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in list(file.keys())}
-            return {
-                name: Stored(path, each.get_dtype(), tuple(each.get_shape()))
-                for name, each in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({error}): download or copy it again"
-        ) from error
-
-
-def _json(source: str, path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{source} has no {path.name}: it is no model, and no adapter") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object: copy it again")
-    return found
+def _stored(file: Path, tensors: Tensors) -> dict[str, Stored]:
+    return {name: Stored(file, each.dtype, each.shape) for name, each in tensors.items()}
 
 
 def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:

@@ -20,10 +20,10 @@ import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from dlf_ray.models.files import INDEX
 from dlf_ray.training.checkpoints import (
     CONFIG,
     FLOATS,
-    INDEX,
     SIZES,
     Adapter,
     Model,

@@ -226,7 +226,10 @@ def test_the_end_of_a_turn_ends_the_answer(tmp_path, given):
         turn = engine.tokenizer.bos_token_id
         made = engine.render(TALK)
         assert made.ends == (turn,)
-        assert made.ending(given).stop_token_ids == (*(given.stop_token_ids if given else ()), turn)
+        assert made.ending(given or SamplingParams()).stop_token_ids == (
+            *(given.stop_token_ids if given else ()),
+            turn,
+        )
         (output,) = engine.chat(TALK, SamplingParams(logit_bias={turn: 100}))
         assert (output.text, output.finish_reason) == ("", "stop")
         (going,) = engine.chat(TALK, SamplingParams(logit_bias={turn: 100}, ignore_eos=True))

@@ -96,18 +96,20 @@ def test_they_are_fused_on_what_they_share(engine, folder, experts):
         oracle.check_shared(prompt, output, experts)
 
 
-def test_models_may_have_fewer_logits_than_tokens(folder, tmp_path):
+def test_models_may_have_fewer_logits_than_tokens(folder, tmp_path, caplog):
     """Some checkpoints leave out rows for tokens that the tokenizer has added since."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(folder / "renamed")
     model.resize_token_embeddings(290)
     model.save_pretrained(tmp_path / "renamed")
+    tokenizer(tmp_path / "renamed", OWN["large"])  # the same tokens as the large model
     oracle = Nearly(tmp_path)
     oracle.known = {**oracle.known, "renamed": 290}
     oracle.apart = {"renamed": range(290, 300)}
     with LocalEngine(family_of(tmp_path, ("renamed",))) as engine:
         (output,) = engine.generate([5, 294, 6], SamplingParams(max_tokens=9, logprobs=0))
     oracle.check_shared([5, 294, 6], output, ("renamed",))
+    assert any("has logits for the first 290 of 300 ids" in each for each in caplog.messages)
 
 
 def test_the_large_model_speaks_alone_elsewhere(engine):

@@ -157,7 +157,7 @@ def test_a_head_of_its_own_over_a_tied_base(family, tmp_path):
 
 def test_another_tokenizer(family, tmp_path):
     tiny.tokenizer(family / "facts", corpus="other words altogether, in another order")
-    assert "do not share a tokenizer: id " in refusal(tmp_path)
+    assert "ids differ: id " in refusal(tmp_path)
     (family / "facts" / "tokenizer.json").write_text("{}")
     assert "cannot be read as a tokenizer" in refusal(tmp_path)
     (family / "facts" / "tokenizer.json").unlink()
@@ -177,9 +177,10 @@ def test_damaged_files(family, tmp_path):
     index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     edit(family / "base" / "config.json")
     (family / "math" / "model.safetensors.index.json").write_text(yaml.safe_dump(index))
-    assert "is not JSON" in refusal(tmp_path)
+    assert "model.safetensors.index.json cannot be read" in refusal(tmp_path)
     (family / "math" / "model.safetensors.index.json").write_text(str(index).replace("'", '"'))
-    assert "family/math lacks model-00001-of-00002.safetensors" in refusal(tmp_path)
+    said = refusal(tmp_path)
+    assert "lacks 1 of its 1 safetensors files, model-00001-of-00002.safetensors first" in said
     (family / "math" / "config.json").unlink()
     assert "family/math has no config.json" in refusal(tmp_path)
 
@@ -281,4 +282,6 @@ def test_adapters_with_other_tensors(lora, tmp_path):
         assert f"has no base_model.model.model.layers.0.mlp.up_proj.{gone}.weight" in said
     keys = over(lora, tmp_path)
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
-    assert "has no adapter_model.safetensors. Pickled" in refusal(tmp_path, **keys)
+    assert "has no adapter_model.safetensors: save it" in refusal(tmp_path, **keys)
+    (tmp_path / "lora" / "adapter_model.bin").touch()
+    assert "can run code when loaded" in refusal(tmp_path, **keys)
