@@ -88,6 +88,12 @@ class _Prompts:
         self.models = models
         self.asking = asking
         self.templates = engine.templates() if asking.chat else {}
+        if strange := [name for name in self.templates if name in engine.tokenizers]:
+            raise ValueError(
+                f"model {strange[0]!r} has tokens of its own, of which its chat template may be "
+                "made, while items are put to all models in the large one's: leave out "
+                "`apply_chat_template`"
+            )
         self.shots_for = shots_for
         self.skip = on_overflow == "skip"
         self.cut: set[str] = set()

@@ -226,10 +226,8 @@ class Replica:
         outputs = await together([self.engine.ascore(*pair, **options) for pair in pairs])
         data = []
         for index, ((_, rest), output) in enumerate(zip(pairs, outputs, strict=True)):
-            logprobs, reading = (
-                [finite(each) for each in output.logprobs],
-                Reading(self._token_bytes),
-            )
+            logprobs = [finite(each) for each in output.logprobs]
+            reading = Reading(self._token_bytes)
             data.append(
                 {
                     "index": index,

@@ -18,6 +18,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dlf_ray import LocalEngine, SamplingParams
+from dlf_ray.evaluation.answering import answers
+from dlf_ray.evaluation.dialogue import Asking
+from dlf_ray.evaluation.tasks import own_task
 
 WORDS = 297
 OWN = {
@@ -192,3 +195,16 @@ def test_a_model_reads_a_conversation_in_tokens_of_its_own(folder, tmp_path):
             engine.generate({**prompt, "large": prompt["base"]})
         with pytest.raises(ValueError, match="'fewer' does not have all tokens of its chat"):
             engine.render(talk, chat_template="<c>{{ messages[0].content }}")
+
+
+def test_items_are_not_put_as_conversations_in_other_tokens(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "large" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    items = tmp_path / "items.csv"
+    items.write_text("question,answer\nnoon,four\n")
+    task = own_task(items, "{question}")
+    with LocalEngine(family_of(tmp_path, EXPERTS)) as engine:
+        asked = answers(engine, task, task.load(None).items, {}, asking=Asking(chat=True))
+        with pytest.raises(ValueError, match="'base' has tokens of its own"):
+            next(asked)
+        assert next(answers(engine, task, task.load(None).items, {})).output.error is None
