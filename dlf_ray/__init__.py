@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlf_ray.config import Family
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import SamplingParams, StructuredOutputs
+from dlf_ray.params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from dlf_ray.engine.engine import Engine

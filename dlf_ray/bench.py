@@ -32,8 +32,9 @@ from dlf_ray.decoding.structured import Grammars
 from dlf_ray.decoding.text import detokenizers
 from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.local import LocalEngine
-from dlf_ray.messages import Description, FusionParams, Limits, Lost, Ready, Request, SamplingParams
+from dlf_ray.messages import Description, Limits, Lost, Ready, Request
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.params import FusionParams, SamplingParams
 from dlf_ray.plans import Logits, Plan
 
 FUSION_STAGES = ("aim", "weigh", "sample")

@@ -30,7 +30,7 @@ import torch
 
 from dlf_ray.config import BASE, LARGE, Family, ModelSpec
 from dlf_ray.engine.output import EngineError
-from dlf_ray.messages import SamplingParams
+from dlf_ray.params import SamplingParams
 from dlf_ray.plans import ALL, LENGTH_STEP, Plan
 
 if TYPE_CHECKING:

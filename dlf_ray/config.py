@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import msgspec
 import yaml
 
-from dlf_ray.messages import MAX_WEIGHT, check_candidates
+from dlf_ray.params import MAX_WEIGHT, check_candidates
 from dlf_ray.rules import RULES, Rule, Select
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

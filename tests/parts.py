@@ -14,7 +14,8 @@ from dlf_ray import SamplingParams
 from dlf_ray.decoding.scheduler import Sequence
 from dlf_ray.engine.local import LocalFabric
 from dlf_ray.engine.transport import Hub, WorkerLink
-from dlf_ray.messages import FusionParams, Lost, Ready, Request
+from dlf_ray.messages import Lost, Ready, Request
+from dlf_ray.params import FusionParams
 from dlf_ray.plans import Logits, Plan
 
 FUSION = FusionParams(

@@ -42,7 +42,7 @@ from dlf_ray.config import Family
 from dlf_ray.engine.frontend import BaseEngine
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import SamplingParams
+from dlf_ray.params import SamplingParams
 from dlf_ray.rules import RULES
 
 HELP = """\

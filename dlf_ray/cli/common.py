@@ -15,7 +15,7 @@ from dlf_ray.config import Family
 from dlf_ray.engine.frontend import BaseEngine
 from dlf_ray.engine.options import FusionOptions
 from dlf_ray.engine.output import EngineError
-from dlf_ray.messages import SamplingParams
+from dlf_ray.params import SamplingParams
 from dlf_ray.rules import Rule, Select
 
 console = Console(width=None if sys.stdout.isatty() else 120)  # a log has room for a table

@@ -35,8 +35,8 @@ from dlf_ray.config import Family
 from dlf_ray.engine.frontend import BaseEngine, Prompts
 from dlf_ray.engine.options import FusionOptions
 from dlf_ray.engine.output import Output
-from dlf_ray.messages import SamplingParams
 from dlf_ray.metrics import Span, chrome_trace
+from dlf_ray.params import SamplingParams
 
 
 def generate(

@@ -11,7 +11,7 @@ from dlf_ray.config import BASE, LARGE
 from dlf_ray.decoding.fusion import Fused, aim, weigh, widened
 from dlf_ray.decoding.stream import Stream
 from dlf_ray.errors import is_out_of_memory
-from dlf_ray.messages import FusionParams
+from dlf_ray.params import FusionParams
 from dlf_ray.rules import RULES, Aims, Rule, Select
 
 

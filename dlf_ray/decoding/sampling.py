@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlf_ray.messages import SamplingParams
+from dlf_ray.params import SamplingParams
 
 CANDIDATES = 1024
 """The most probable tokens, which nearly always hold all that filters leave."""

@@ -10,8 +10,8 @@ from dlf_ray.decoding.sampling import Penalties
 from dlf_ray.decoding.scheduler import Sequence
 from dlf_ray.decoding.structured import Shape
 from dlf_ray.decoding.text import TextStream
-from dlf_ray.messages import FusionParams
 from dlf_ray.metrics import Span
+from dlf_ray.params import FusionParams
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlf_ray.messages import StructuredOutputs
+from dlf_ray.params import StructuredOutputs
 
 WHITESPACE = r"[ \t]{0,2}|\r?\n[ \t]{0,80}"
 """Between the tokens of JSON: what people and models write, but no endless row of blank lines, with

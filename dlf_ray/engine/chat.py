@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import msgspec
 
 from dlf_ray.config import LARGE
-from dlf_ray.messages import Limits, SamplingParams
+from dlf_ray.messages import Limits
+from dlf_ray.params import SamplingParams
 
 Message: TypeAlias = "Mapping[str, Any]"
 """`role` and `content`, and whatever else a template asks for."""

@@ -45,12 +45,12 @@ from dlf_ray.messages import (
     GiveUp,
     RemoveModel,
     Request,
-    SamplingParams,
     Stop,
     Timings,
 )
 from dlf_ray.models.vocabulary import agree
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.params import SamplingParams
 
 LOAD_RETRIES = 2  # of a worker that is killed while it loads; more would only be killed as well
 LOAD_WORD_S = 30.0  # how often it is said which models are still loading

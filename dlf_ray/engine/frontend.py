@@ -20,14 +20,8 @@ from dlf_ray.decoding.structured import grammar
 from dlf_ray.engine.chat import Conversation, Rendered, Templates, assigned, render
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output, raised
-from dlf_ray.messages import (
-    Chunk,
-    ContextLengthError,
-    FusionParams,
-    Limits,
-    Request,
-    SamplingParams,
-)
+from dlf_ray.messages import Chunk, ContextLengthError, Limits, Request
+from dlf_ray.params import FusionParams, SamplingParams
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """Text, or token ids as they are."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from dlf_ray.config import Family, Fusion, check_bounds
-from dlf_ray.messages import FusionParams, check_candidates
+from dlf_ray.params import FusionParams, check_candidates
 from dlf_ray.rules import RULES, Rule, Select
 
 

@@ -15,7 +15,7 @@ from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import Output
 from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.tasks import Choice, Item, Response, Scores, Task
-from dlf_ray.messages import SamplingParams
+from dlf_ray.params import SamplingParams
 
 PLAIN = Asking()
 log = logging.getLogger("dlf_ray")

@@ -14,7 +14,7 @@ from dlf_ray.config import BASE, LARGE, Family, converted, read_yaml
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.evaluation.dialogue import Asking
 from dlf_ray.evaluation.tasks import Item, Task, get_task, own_task
-from dlf_ray.messages import FusionParams, SamplingParams
+from dlf_ray.params import FusionParams, SamplingParams
 from dlf_ray.rules import RULES, SELECTS
 
 DYNAMIC = "dynamic"

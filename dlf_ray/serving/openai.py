@@ -17,12 +17,12 @@ import msgspec
 from pydantic import Field, model_validator
 
 from dlf_ray.engine.options import FusionOptions
-from dlf_ray.messages import (
+from dlf_ray.messages import ContextLengthError
+from dlf_ray.params import (
     MAX_BIASES,
     MAX_LOGPROBS,
     MAX_STOP_TOKENS,
     MAX_STOPS,
-    ContextLengthError,
     SamplingParams,
     StructuredOutputs,
 )

@@ -22,7 +22,8 @@ from dlf_ray.engine.engine import Engine
 from dlf_ray.engine.frontend import Prompts
 from dlf_ray.engine.options import FusionOptions, resolve
 from dlf_ray.engine.output import EngineError, Output
-from dlf_ray.messages import ContextLengthError, SamplingParams
+from dlf_ray.messages import ContextLengthError
+from dlf_ray.params import SamplingParams
 from dlf_ray.serving.answers import Answer, finite, usage
 from dlf_ray.serving.openai import (
     ChatRequest,

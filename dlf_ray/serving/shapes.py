@@ -6,13 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dlf_ray.messages import (
-    MAX_CHOICE_LENGTH,
-    MAX_CHOICES,
-    MAX_REGEX,
-    MAX_SHAPE,
-    StructuredOutputs,
-)
+from dlf_ray.params import MAX_CHOICE_LENGTH, MAX_CHOICES, MAX_REGEX, MAX_SHAPE, StructuredOutputs
 from dlf_ray.serving.anyway import No
 from dlf_ray.serving.wire import AnyObject, Name, Text, Wire, at_most
 

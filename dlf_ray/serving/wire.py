@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from dlf_ray.messages import MAX_NESTING, MAX_STOP_LENGTH, MAX_WEIGHT
+from dlf_ray.params import MAX_NESTING, MAX_STOP_LENGTH, MAX_WEIGHT
 
 MAX_PROMPTS = 2048
 """Prompts, messages, or parts of a message in one request."""

@@ -11,7 +11,7 @@ from conftest import family_of
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.decoding.structured import Grammars, shaped
-from dlf_ray.messages import StructuredOutputs
+from dlf_ray.params import StructuredOutputs
 
 SCHEMA = {
     "type": "object",

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dlf_ray import LocalEngine, SamplingParams
 from dlf_ray.decoding import coordinator, groups
-from dlf_ray.messages import MAX_CANDIDATES, MAX_STOP_LENGTH
 from dlf_ray.models.worker import ModelWorker
+from dlf_ray.params import MAX_CANDIDATES, MAX_STOP_LENGTH
 from dlf_ray.plans import Logits
 from dlf_ray.rules import RULES
 

@@ -20,17 +20,8 @@ from parts import ROWS, VOCAB, answers, hub_of, logits, plan, start
 
 from dlf_ray import SamplingParams
 from dlf_ray.engine.transport import ClientLink, Connection, WorkerLink
-from dlf_ray.messages import (
-    Abort,
-    Chunk,
-    Chunks,
-    Failed,
-    FusionParams,
-    Lost,
-    Process,
-    Ready,
-    Request,
-)
+from dlf_ray.messages import Abort, Chunk, Chunks, Failed, Lost, Process, Ready, Request
+from dlf_ray.params import FusionParams
 from dlf_ray.plans import Logits, Plan
 
 REQUEST = Request(

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from dlf_ray.engine.output import Output
-from dlf_ray.messages import SamplingParams, StructuredOutputs
+from dlf_ray.params import SamplingParams, StructuredOutputs
 from dlf_ray.serving.answers import Answer, Tokens, chat_logprobs, completion_logprobs
 from dlf_ray.serving.openai import (
     ChatRequest,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlf_ray import Family, LocalEngine, SamplingParams
 from dlf_ray.evaluation.tasks import get_task
-from dlf_ray.messages import StructuredOutputs
+from dlf_ray.params import StructuredOutputs
 
 QUESTIONS = (
     "What is the capital of France?",
